@@ -1,0 +1,1195 @@
+"""cv4ctrl: turn CogView4-6B into a control model, by flow matching, in one readable file.
+
+The latent of a control image (pose, edges, depth) is laid beside the noisy latent, 16 + 16 = 32 channels; the new input
+weights start at zero, so that training begins exactly at the base; the whole transformer learns the velocity v:
+
+    x = (1 - s) x0 + s eps,   v = eps - x0,   loss = E |model(x, control, text, t) - v|^2
+    s = mu / (mu + 1000 / t - 1),   mu = 0.75 sqrt(N / 256) + 0.25,   t = 1 ... 1000, N image tokens
+
+The model is told the unshifted t while the latent carries the shifted sigma s, as CogView4ControlPipeline does it.
+
+    python cv4ctrl.py --help                        every flag
+    deepspeed --num_gpus=8 cv4ctrl.py [flags]       train; the same command again continues
+
+Rooms, top to bottom, each knows only those above it: 1 constants, 2 configuration, 3 flow matching, 4 control surgery,
+5 forward pass, 6 encode once, 7 sample stream, 8 evaluation, 9 engine and checkpoints, 10 the loop, 11 main.
+Heavy libraries are imported where they are used: a mistyped flag is answered at once.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import gc
+import hashlib
+import importlib.util
+import io
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+# === 1. constants =====================================================================================================
+
+TIMESTEPS = 1000  # levels of noise; this line and the next: scheduler_config.json of CogView4-6B
+BASE_SHIFT, MAX_SHIFT, BASE_TOKENS = 0.25, 0.75, 256
+LATENT_CHANNELS = 16  # VAE of CogView4-6B
+PIXELS_PER_LATENT, PIXELS_PER_TOKEN = 8, 16  # the VAE reduces 8 x, the transformer takes patches of 2 x 2 latents
+GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the additive recurrence of lowest discrepancy in one dimension
+CACHE_FORMAT = "1"  # part of every cache key: raise it when what is stored under a key changes
+SHARD_ENTRIES = 64  # cache entries a file, 64 MB of moments at 1024 px: so much is lost at most by an interruption
+VALIDATION_CASES = 4  # held-out rows that are drawn where no --validation_image is given
+PATIENCE = datetime.timedelta(hours=2)  # how long a rank waits for the others: uneven encoding, downloads, saving
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by every launcher
+HALF = ("fp16", "float16", "half", "fp8", "float8", "amp")  # what ds_config.json must not ask for
+NOT_HERE = {
+    "use_8bit_adam": "ZeRO-2 shards the optimizer over the GPUs; on one card set offload_optimizer in ds_config.json",
+    "hub_token": "log in with `hf auth login` or set HF_TOKEN: everybody can read a token in a command line",
+}
+
+
+# === 2. configuration =================================================================================================
+
+
+class Refusal(Exception):
+    """The request is wrong: one line for stderr that says what and how to mend it, exit code 2."""
+
+
+def refuse_if(wrong, why):
+    if wrong:
+        raise Refusal(" ".join(why.split()))
+
+
+def flag(default, help, **more):
+    """A field of Config that is a flag. least: smallest value allowed; choices: the values allowed."""
+    return dataclasses.field(default=default, metadata={"help": help, **more})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every flag, with the recipe of the original document as default."""
+
+    pretrained_model_name_or_path: str = flag("THUDM/CogView4-6B", "base: hub name, folder, or a checkpoint made here")
+    revision: str | None = flag(None, "revision of the base on the hub")
+    variant: str | None = flag(None, "variant of the base's weight files, e.g. bf16")
+    cache_dir: str | None = flag(None, "where downloads are kept")
+    dataset_name: str = flag("raulc0399/open_pose_controlnet", "hub name, folder or parquet file")
+    dataset_config_name: str | None = flag(None, "configuration of the data set")
+    jsonl_for_train: str | None = flag(None, "instead: JSON lines with image paths, relative to that file or to here")
+    max_train_samples: int | None = flag(None, "use only the first so many rows", least=1)
+    image_column: str = flag("image", "column of the target image")
+    conditioning_image_column: str = flag("conditioning_image", "column of the control image")
+    caption_column: str = flag("text", "column of the caption; of a list of captions the longest is taken")
+    skip_bad_rows: bool = flag(False, "leave out rows that cannot be read, and count them; otherwise they are an error")
+    control: str = flag("column", "the control is a column, or is made from the target", choices=("column", "canny"))
+    resolution: int = flag(1024, "pixels, a multiple of 16; images are resized to this square, not cropped", least=16)
+    max_sequence_length: int = flag(1024, "tokens after which a caption is cut", least=16)
+    encoded_dir: str | None = flag(None, "cache of encoded data, may be shared; without it OUTPUT_DIR/encoded")
+    output_dir: str = flag("pose-control", "where everything goes; the same command again continues there")
+    seed: int = flag(0, "of data order, timesteps, noise, caption dropout", least=0)
+    mixed_precision: str = flag("bf16", "bf16, or no for fp32")
+    train_batch_size: int = flag(8, "samples a micro-batch and rank", least=1)
+    gradient_accumulation_steps: int = flag(1, "micro-batches a step and rank", least=1)
+    total_batch_size: int | None = flag(None, "samples a step over all ranks: derives the accumulation", least=1)
+    gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass")
+    max_train_steps: int | None = flag(None, "optimizer steps; wins over --num_train_epochs", least=1)
+    num_train_epochs: int = flag(1, "passes over the data", least=1)
+    learning_rate: float = flag(5e-5, "peak, after warm-up", least=0)
+    scale_lr: bool = flag(False, "multiply the learning rate by the samples a step")
+    lr_scheduler: str = flag("cosine", "schedule", choices=(
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"))  # fmt: skip
+    lr_warmup_steps: int = flag(1000, "optimizer steps of linear warm-up", least=0)
+    lr_num_cycles: int = flag(1, "restarts of cosine_with_restarts", least=1)
+    lr_power: float = flag(1.0, "of polynomial")
+    adam_beta1: float = flag(0.9, "decay of the first moment, 0 .. 1")
+    adam_beta2: float = flag(0.999, "decay of the second moment, 0 .. 1")
+    adam_weight_decay: float = flag(1e-4, "decoupled weight decay", least=0)
+    adam_epsilon: float = flag(1e-8, "added to the root of the second moment", least=0)
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this 2-norm; 0: not", least=0)
+    only_target_transformer_blocks: bool = flag(False, "train the blocks and the image input layer, freeze the rest")
+    proportion_empty_prompts: float = flag(0.0, "share of samples that lose their caption, for guidance; 0 .. 1")
+    weighting_scheme: str = flag("none", "of timesteps or loss, as in SD3", choices=(
+        "none", "sigma_sqrt", "logit_normal", "mode", "cosmap"))  # fmt: skip
+    logit_mean: float = flag(0.0, "of logit_normal")
+    logit_std: float = flag(1.0, "of logit_normal, positive")
+    mode_scale: float = flag(1.29, "of mode")
+    dataloader_num_workers: int = flag(16, "processes a rank that read pictures and make batches; 0: none", least=0)
+    checkpointing_steps: int = flag(1000, "steps between checkpoints", least=1)
+    checkpoints_total_limit: int = flag(2, "checkpoints kept, the oldest goes first; 0: all", least=0)
+    resume_from_checkpoint: str = flag("latest", "latest, a path, or none: start anew in a folder without checkpoints")
+    upcast_before_saving: bool = flag(False, "export weights in fp32")
+    validation_image: list[str] | None = flag(None, "control images; without them held-out rows serve")
+    validation_prompt: list[str] | None = flag(None, "one for all images, or one each")
+    validation_steps: int = flag(100, "steps between validation pictures", least=1)
+    num_validation_images: int = flag(1, "pictures a case, each from its own noise; 0: draw nothing", least=0)
+    num_inference_steps: int = flag(50, "Euler steps of a validation picture", least=1)
+    guidance_scale: float = flag(3.5, "of validation pictures; up to 1: no guidance")
+    probe_samples: int = flag(32, "rows held out of training, at most a tenth of all", least=0)
+    allow_tf32: bool = flag(False, "TF32 matrix products where fp32 is asked for")
+    offload: bool = flag(False, "accepted as in the example: frozen encoders are always freed when not used")
+    report_to: str = flag("none", "tracker", choices=("none", "tensorboard", "wandb", "csv", "all"))
+    tracker_project_name: str = flag("cogview4_train_control", "project of the tracker")
+    logging_dir: str = flag("logs", "folder of the tracker under OUTPUT_DIR")
+    deepspeed_config: str = flag("ds_config.json", "the engine's settings, \"auto\" where a flag decides")
+    dry_run: bool = flag(False, "check everything, print the plan, load nothing")
+
+
+def parse(argv=None):
+    """Command line -> Config; in names of flags `-` and `_` are the same. Raises Refusal."""
+    parser = argparse.ArgumentParser("cv4ctrl.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.error = functools.partial(refuse_if, True)
+    for field in dataclasses.fields(Config):
+        name, help = f"--{field.name}", f"{field.metadata['help']} [{field.default}]"
+        more = {"default": field.default, "choices": field.metadata.get("choices"), "help": help}
+        if field.type is bool:
+            parser.add_argument(name, action="store_true", default=field.default, help=help)
+            parser.add_argument(f"--no_{field.name}", dest=field.name, action="store_false", help=argparse.SUPPRESS)
+        elif field.type == list[str] | None:
+            parser.add_argument(name, nargs="+", **more)
+        else:
+            parser.add_argument(name, type=next(t for t in (str, int, float) if field.type in (t, t | None)), **more)
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher says it, the environment too
+    words = []
+    for word in sys.argv[1:] if argv is None else argv:
+        head, mark, tail = word.partition("=")
+        words.append("--" + head[2:].replace("-", "_") + mark + tail if head.startswith("--") else word)
+        refuse_if(head[2:] in NOT_HERE, f"{head} is not taken: {NOT_HERE.get(head[2:])}")
+    values = vars(parser.parse_args(words))
+    del values["local_rank"]
+    return Config(**values)
+
+
+def resolve(config, world):
+    """Config in which the batch sizes and the learning rate of `world` ranks are numbers. Raises Refusal."""
+    c, together = config, config.train_batch_size * world
+    for field in dataclasses.fields(c):
+        value, least = getattr(c, field.name), field.metadata.get("least", -math.inf)
+        wrong = isinstance(value, (int, float)) and not least <= value < math.inf
+        refuse_if(wrong, f"--{field.name} {value}: must be a finite number, at least {least}")
+    total = c.total_batch_size or together * c.gradient_accumulation_steps
+    accumulation, rest = divmod(total, together)
+    refuse_if(rest, f"--total_batch_size {total} is not a multiple of --train_batch_size {c.train_batch_size} x {world}")
+    refuse_if(c.gradient_accumulation_steps not in (1, accumulation), f"--total_batch_size {total} is an "
+              f"accumulation of {accumulation}, but --gradient_accumulation_steps is {c.gradient_accumulation_steps}")  # fmt: skip
+    rate = c.learning_rate * (total if c.scale_lr else 1)
+    return dataclasses.replace(c, total_batch_size=total, gradient_accumulation_steps=accumulation, learning_rate=rate,
+                               scale_lr=False, encoded_dir=c.encoded_dir or f"{c.output_dir}/encoded")  # fmt: skip
+
+
+def check(config):
+    """What can be known from the flags and the files that they name. Raises Refusal."""
+    c, images, prompts = config, config.validation_image or [], config.validation_prompt or []
+    why = f"--mixed_precision {c.mixed_precision}: fp16 and fp8 are not supported, use bf16, or no for fp32"
+    refuse_if(c.mixed_precision not in ("bf16", "no"), why)
+    refuse_if(c.resolution % PIXELS_PER_TOKEN, f"--resolution {c.resolution}: must be a multiple of {PIXELS_PER_TOKEN}")
+    for name in ("proportion_empty_prompts", "adam_beta1", "adam_beta2"):
+        refuse_if(not 0 <= getattr(c, name) <= 1, f"--{name} {getattr(c, name)}: must be in 0 .. 1")
+    twice = c.jsonl_for_train and c.dataset_name != Config.dataset_name
+    refuse_if(twice, "--dataset_name and --jsonl_for_train: give one of them")
+    refuse_if(c.logit_std <= 0, f"--logit_std {c.logit_std}: must be positive")
+    refuse_if(bool(images) != bool(prompts), "--validation_image and --validation_prompt: give both or none")
+    refuse_if(len(images) != len(prompts) and 1 not in (len(images), len(prompts)), f"--validation_image has "
+              f"{len(images)} and --validation_prompt {len(prompts)} values: one, or as many")  # fmt: skip
+    for name in ("tensorboard", "wandb"):
+        refuse_if(c.report_to in (name, "all") and not importlib.util.find_spec(name),
+                  f"--report_to {c.report_to} needs {name}, which is not installed: pip install {name}")  # fmt: skip
+    for name, path in (("output_dir", Path(c.output_dir).absolute()), ("encoded_dir", Path(c.encoded_dir).absolute())):
+        there = next(p for p in (path, *path.parents) if p.exists())
+        writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+        refuse_if(not writable, f"--{name} {path}: {there} is not a folder that can be written to")
+
+
+def engine_settings(config):
+    """ds_config.json with every "auto" replaced by what the flags say -> dict for deepspeed.initialize.
+
+    Raises Refusal for half precision, and where file and flag say different things: it names both."""
+    path, c = Path(config.deepspeed_config), config
+    path = path if path.exists() or path.is_absolute() else Path(__file__).parent / path
+    try:
+        settings = json.loads(path.read_text())
+        refuse_if(not isinstance(settings, dict), f"--deepspeed_config {path}: must be a JSON object")
+    except (OSError, ValueError) as error:
+        raise Refusal(f"--deepspeed_config {path}: {getattr(error, 'strerror', None) or f'not JSON: {error}'}")
+    for key, value in walk(settings):
+        asked = key in [f"{name}.enabled" for name in HALF] and value is not False or str(value).split(".")[-1] in HALF
+        refuse_if(asked, f"{path.name} says {key} = {value!r}: fp16 and fp8 are not supported, use bf16 or fp32")
+    owned = {  # key in the file: (the flag that decides it, its value)
+        "train_micro_batch_size_per_gpu": ("train_batch_size", c.train_batch_size),
+        "gradient_accumulation_steps": ("gradient_accumulation_steps", c.gradient_accumulation_steps),
+        "train_batch_size": ("total_batch_size", c.total_batch_size),
+        "gradient_clipping": ("max_grad_norm", c.max_grad_norm),
+        "bf16.enabled": ("mixed_precision", c.mixed_precision == "bf16"),
+        "optimizer.params.lr": ("learning_rate", c.learning_rate),
+        "optimizer.params.betas": ("adam_beta1", [c.adam_beta1, c.adam_beta2]),
+        "optimizer.params.eps": ("adam_epsilon", c.adam_epsilon),
+        "optimizer.params.weight_decay": ("adam_weight_decay", c.adam_weight_decay),
+    }
+    for key, (name, value) in owned.items():
+        *sections, last = key.split(".")
+        if sections[:1] == ["optimizer"] and "optimizer" not in settings:
+            continue  # the file leaves the optimizer to us
+        section = functools.reduce(lambda node, part: node.setdefault(part, {}), sections, settings)
+        said = section.setdefault(last, "auto")
+        refuse_if(said not in ("auto", value), f"{path.name} says {key} = {json.dumps(said)}, --{name} makes it "
+                  f"{json.dumps(value)}: they contradict; write \"auto\" in the file")  # fmt: skip
+        section[last] = value
+    for key, value in walk(settings):
+        refuse_if(value == "auto", f"{path.name} says {key} = \"auto\", but no flag decides it: give a value")
+    refuse_if("scheduler" in settings, f"{path.name} has a scheduler, which contradicts --lr_scheduler: remove it")
+    logs = {"output_path": str(Path(c.output_dir, c.logging_dir)), "job_name": c.tracker_project_name}
+    trackers = {"tensorboard": logs, "csv_monitor": logs, "wandb": {"project": c.tracker_project_name}}
+    wanted = {"all": list(trackers), "csv": ["csv_monitor"], "none": []}.get(c.report_to, [c.report_to])
+    return settings | {name: trackers[name] | {"enabled": True} for name in wanted}
+
+
+def walk(node, prefix=""):
+    """Nodes of a nested dict as ("a.b.c", value)."""
+    for key, value in node.items():
+        yield prefix + key, value
+        yield from walk(value, f"{prefix}{key}.") if isinstance(value, dict) else ()
+
+
+def gather(item):
+    """`item` of every rank, in the order of ranks, on every rank."""
+    items = [None] * WORLD
+    dist.all_gather_object(items, item)
+    return items
+
+
+def digest(*parts):
+    """Key of 32 hex digits for a sequence of strings, numbers and bytes."""
+    hash = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        part = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
+        hash.update(len(part).to_bytes(8, "big") + part)
+    return hash.hexdigest()
+
+
+def write_aside(file, write):
+    """write(path) to a file beside `file`, which then takes its place whole."""
+    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    write(aside)
+    os.replace(aside, file)
+
+
+# === 3. flow matching =================================================================================================
+# Pure functions of tensors, in fp32: bf16 would keep only 276 of the 1000 levels apart.
+
+
+def shift_mu(image_tokens):
+    """mu of image_tokens = (H / 16) (W / 16); calculate_shift in pipeline_cogview4_control.py."""
+    return MAX_SHIFT * math.sqrt(image_tokens / BASE_TOKENS) + BASE_SHIFT
+
+
+def shifted_sigma(timestep, mu):
+    """Unshifted t in 0 .. 1000 -> the sigma that scales the noise, in 0 .. 1 (time_shift_type "linear")."""
+    sigma = timestep.float() / TIMESTEPS
+    return mu * sigma / (mu * sigma + 1 - sigma)  # = mu / (mu + 1 / sigma - 1), and 0 at 0
+
+
+def warp(u, scheme, logit_mean=0.0, logit_std=1.0, mode_scale=1.29):
+    """u uniform in (0, 1) -> u with the density of the scheme; SD3, arXiv 2403.03206, section 3.1."""
+    if scheme == "logit_normal":
+        return torch.sigmoid(logit_mean + logit_std * torch.special.ndtri(u))
+    if scheme == "mode":
+        return 1 - u - mode_scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
+    return u
+
+
+def timestep_of(u):
+    """u in [0, 1] -> integer t in 1000 .. 1, fp32: large u is little noise, the order of the schedulers' tables."""
+    return (TIMESTEPS - torch.floor(u * TIMESTEPS)).clamp(1, TIMESTEPS).float()
+
+
+def loss_weight(sigma, scheme):
+    """Weight of a sample's loss at sigma, the level of its noise; same source as `warp`."""
+    if scheme == "sigma_sqrt":
+        return sigma**-2.0
+    if scheme == "cosmap":
+        return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
+    return torch.ones_like(sigma)
+
+
+def interpolate(latent, noise, sigma):
+    """x = (1 - sigma) x0 + sigma eps; latent and noise (B, 16, h, w), sigma (B,)."""
+    sigma = sigma.view(-1, 1, 1, 1)
+    return (1 - sigma) * latent + sigma * noise
+
+
+def velocity(latent, noise):
+    """dx / dsigma: what the model learns."""
+    return noise - latent
+
+
+def flow_loss(predicted, target, weight):
+    """Mean over samples of the weighted squared error; predicted and target (B, 16, h, w), weight (B,)."""
+    return (weight * (predicted.float() - target).square().flatten(1).mean(1)).mean()
+
+
+def euler_step(x, v, sigma, next_sigma):
+    """x at sigma -> x at next_sigma along the velocity v."""
+    return x.float() + (next_sigma - sigma) * v.float()
+
+
+def inference_timesteps(steps):
+    """The t that the pipeline visits, (steps,): linspace(1000, 1) in fp64, cut to integers."""
+    return torch.linspace(TIMESTEPS, 1, steps, dtype=torch.float64).long().float()
+
+
+# === 4. control surgery ===============================================================================================
+
+
+def widen(state, config):
+    """Transformer state dict and config dict -> the same with twice the input channels, the new columns zero.
+
+    patch_embed.proj is a Linear over (channel, p, p) flattened channel first: the control's columns are appended. Every
+    other tensor is shared. What is 32 -> 16 already is returned as it is. Raises Refusal for any other shape."""
+    inside, outside = config["in_channels"], config["out_channels"]
+    if inside == 2 * outside:
+        return state, config
+    refuse_if(inside != outside, f"a transformer of {inside} -> {outside} channels is no base and no control model")
+    weight = state["patch_embed.proj.weight"]
+    state = state | {"patch_embed.proj.weight": torch.cat([weight, torch.zeros_like(weight)], dim=1)}
+    return state, config | {"in_channels": 2 * inside}
+
+
+def weight_files(folder, variant=None):
+    """Safetensors of a model folder, its shards in order: those of `variant`, or those of none."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    return [f for f in files if (f".{variant}" in f.name if variant else f.name.count(".") == 1)]
+
+
+def load_transformer(folder, variant, dtype, device):
+    """Widened CogView4Transformer2DModel: built on the meta device, weights assigned straight from file to device."""
+    from diffusers import CogView4Transformer2DModel
+
+    state = {}
+    for file in weight_files(folder, variant) or weight_files(folder):
+        state |= {name: tensor.to(dtype) for name, tensor in load_file(file, device=str(device)).items()}
+    state, shape = widen(state, json.loads(Path(folder, "config.json").read_text()))
+    with torch.device("meta"):
+        model = CogView4Transformer2DModel.from_config(shape)
+    model.load_state_dict(state, strict=True, assign=True)
+    return model
+
+
+def choose_trainable(model, only_blocks):
+    """All weights train; or only the blocks and the image input layer, without which no control could come in."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not only_blocks or name.startswith(("transformer_blocks.", "patch_embed.proj.")))
+
+
+# === 5. the forward pass ==============================================================================================
+
+
+class KeyMaskAttention:
+    """CogView4AttnProcessor's mathematics with a mask that masks.
+
+    The installed processor turns a mask into floats, which SDPA adds to the logits: nothing is hidden. Here a token
+    that only pads the batch is no key for anybody: boolean (B, 1, 1, S), so that no query is without keys."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
+        text = encoder_hidden_states.shape[1]
+        x = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # (B, S, D), S = text + image
+        q, k, v = (f(x).unflatten(2, (attn.heads, -1)).transpose(1, 2) for f in (attn.to_q, attn.to_k, attn.to_v))
+        q, k = attn.norm_q(q).to(x.dtype), attn.norm_k(k).to(x.dtype)  # (B, heads, S, d)
+        q, k = (torch.cat([y[:, :, :text], rotate(y[:, :, text:], *image_rotary_emb)], dim=2) for y in (q, k))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
+        x = attn.to_out[0](x.transpose(1, 2).flatten(2, 3))
+        return x[:, text:], x[:, :text]
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding of x (B, heads, N, d) by tables (N, d), in fp32: the halves of d are the two coordinates."""
+    a, b = x.float().chunk(2, dim=-1)
+    return (x.float() * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
+
+
+class Frame(NamedTuple):
+    """What all forward passes at one resolution share: rotary tables 2 x (N, d), size and crop (1, 2) in pixels."""
+
+    rope: tuple
+    size: torch.Tensor
+    crop: torch.Tensor
+
+
+def prepare(model, resolution, device, dtype):
+    """Give `model` its attention and make the Frame: rotary tables once, the model itself makes them at every call."""
+    for block in model.transformer_blocks:
+        block.attn1.set_processor(KeyMaskAttention())
+    side = resolution // PIXELS_PER_LATENT
+    rope = tuple(table.to(device) for table in model.rope(torch.empty(1, 1, side, side)))
+    size = torch.tensor([[resolution, resolution]], device=device, dtype=dtype)
+    return Frame(rope, size, torch.zeros_like(size))
+
+
+def predict(model, frame, noisy, control, prompt_embeds, mask, timestep):
+    """The one call of the transformer: velocity (B, 16, h, w).
+
+    noisy, control (B, 16, h, w); prompt_embeds (B, T, 4096); mask (B, T), True for a sample's own tokens, or None where
+    all are of one length; timestep (B,), unshifted. Size conditions as CogView4ControlPipeline gives them."""
+    batch, dtype = len(noisy), frame.size.dtype
+    if mask is not None:
+        image = mask.new_ones(batch, len(frame.rope[0]))
+        mask = torch.cat([mask, image], dim=1)[:, None, None, :]  # (B, 1, 1, T + N)
+    return model(
+        hidden_states=torch.cat([noisy, control], dim=1).to(dtype),
+        encoder_hidden_states=prompt_embeds.to(dtype),
+        timestep=timestep,
+        original_size=frame.size.expand(batch, 2),
+        target_size=frame.size.expand(batch, 2),
+        crop_coords=frame.crop.expand(batch, 2),
+        attention_mask=mask,
+        image_rotary_emb=frame.rope,
+        return_dict=False,
+    )[0]
+
+
+# === 6. encode once ===================================================================================================
+# The cache is a folder of safetensors files of entries by key. A key is the digest of all that its entry depends on:
+# the content, the resolution or cut, the weights of the encoder. Nothing in it can be stale, nothing is stored twice.
+
+
+class BadRow(Exception):
+    """A row or picture that cannot be used: which, and why."""
+
+
+class Row(NamedTuple):
+    """A row of the data set, its parts by their keys; image is None where a validation case has no target."""
+
+    id: int | None
+    text: str
+    image: str | None
+    control: str
+    caption: str
+
+
+def open_dataset(config):
+    """The data set, its image columns undecoded. Raises Refusal."""
+    import datasets
+
+    c, name = config, config.jsonl_for_train or config.dataset_name
+    datasets.disable_progress_bars()
+    kind = "json" if c.jsonl_for_train else "parquet" if Path(name).is_file() else None
+    where = {"path": kind, "data_files": name} if kind else {"path": name, "name": c.dataset_config_name}
+    try:
+        if c.jsonl_for_train or Path(name).is_absolute():
+            Path(name).stat()  # the library would look for it on the hub
+        rows = datasets.load_dataset(**where, split="train", cache_dir=c.cache_dir)
+    except Exception as error:  # a dozen classes, the library's own among them
+        raise Refusal(f"data set {name}: {str(error).strip().splitlines()[0]}")
+    refuse_if(len(rows) == 0, f"data set {name}: it is empty")
+    for flag in ("image_column", "conditioning_image_column", "caption_column"):
+        column, needed = getattr(c, flag), c.control == "column" or flag != "conditioning_image_column"
+        lacks = f"--{flag} {column}: data set {name} has no such column, but {', '.join(rows.features)}"
+        refuse_if(needed and column not in rows.features, lacks)
+        if isinstance(rows.features.get(column), datasets.Image):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+    return rows.select(range(min(len(rows), c.max_train_samples or len(rows))))
+
+
+def image_bytes(config, id, row, column):
+    """(content, name) of an image file of a row: bytes, or a path relative to the JSON lines or to here."""
+    value = row[column]
+    path, data = (value.get("path"), value.get("bytes")) if isinstance(value, dict) else (value, None)
+    name = f"row {id}, {column} ({path})" if path else f"row {id}, {column}"
+    try:
+        beside = Path(config.jsonl_for_train or ".").parent / (path or "")
+        return data or (beside if beside.exists() else Path(path)).read_bytes(), name
+    except (OSError, ValueError, TypeError) as error:
+        raise BadRow(f"{name}: {getattr(error, 'strerror', None) or error}")
+
+
+def caption_text(config, id, row):
+    """Caption of a row, of a list its longest."""
+    value = row[config.caption_column]
+    texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+    if not texts:
+        raise BadRow(f"row {id}, {config.caption_column}: no caption")
+    return max(texts, key=len)
+
+
+def read_picture(config, rows, todo):
+    """(key, row id or None, column or path, control) -> (key, (3, H, W) in -1 .. 1 as the pipeline reads it, or BadRow)."""
+    from diffusers.image_processor import VaeImageProcessor
+    from diffusers.utils import load_image
+
+    key, id, column, control = todo
+    side = config.resolution
+    try:
+        data, name = (Path(column).read_bytes(), column) if id is None else image_bytes(config, id, rows[id], column)
+        image = load_image(Image.open(io.BytesIO(data)))
+    except BadRow as error:
+        return key, error
+    except Exception as error:  # decoders raise whatever they like on broken files
+        return key, BadRow(f"{name}: cannot be decoded as an image: {error}")
+    image = image if control == "column" else make_control(image, side)
+    return key, VaeImageProcessor(PIXELS_PER_LATENT).preprocess(image, side, side)[0]
+
+
+def make_control(image, side):
+    """Target -> its canny edges at training resolution, with the thresholds of the original document."""
+    from controlnet_aux import CannyDetector
+
+    image = image.resize((side, side), Image.Resampling.LANCZOS)
+    return CannyDetector()(image, 50, 200, detect_resolution=side, image_resolution=side)
+
+
+def store(folder, entries):
+    """Write (key, tensor) pairs, SHARD_ENTRIES a file; what came before an error is kept."""
+    pending = {}
+
+    def flush():
+        if pending:
+            write_aside(Path(folder, f"{digest(*pending)}.safetensors"), lambda path: save_file(pending, path))
+            pending.clear()
+
+    try:
+        for key, tensor in entries:
+            pending[key] = tensor.to("cpu", torch.bfloat16).contiguous()
+            if len(pending) == SHARD_ENTRIES:
+                flush()
+    finally:
+        flush()
+
+
+def read_index(folder):
+    """Key -> (file, length of the first axis, which counts an embedding's tokens) of all whole files of the cache."""
+    index = {}
+    for file in sorted(Path(folder).glob("[!.]*.safetensors")):
+        try:
+            with safe_open(file, "pt") as shard:
+                index |= {key: (file, shard.get_slice(key).get_shape()[0]) for key in shard.keys()}
+        except (SafetensorError, OSError):
+            continue  # cut short by a crash or a full disk: its entries are encoded again
+    return index
+
+
+open_shard = functools.lru_cache(maxsize=128)(functools.partial(safe_open, framework="pt"))
+
+
+class Encoded(NamedTuple):
+    """The encoded data set."""
+
+    index: dict
+    train: list
+    held_out: list
+    cases: list
+    empty: str  # key of the embedding of ""
+    scaling: float  # of the VAE's latents, 1 for CogView4-6B; the pipeline uses no shift
+
+    def embedding(self, key):
+        """(T, 4096) bf16."""
+        return open_shard(self.index[key][0]).get_tensor(key)
+
+    def latent(self, key, eps=None):
+        """A draw from a picture's posterior, its mean without eps; (16, h, w) fp32."""
+        mean, log_variance = self.embedding(key).float().chunk(2)
+        return self.scaling * (mean if eps is None else mean + (0.5 * log_variance.clamp(-30, 20)).exp() * eps)
+
+
+def fingerprint(folder):
+    """Digest of the files of an encoder. Blobs of the hub's cache are named by their SHA-256 and not read again."""
+    parts = []
+    for file in sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".model", ".txt")):
+        with open(file, "rb") as stream:
+            blob = file.resolve().name
+            parts += [file.name, blob if len(blob) == 64 else hashlib.file_digest(stream, "sha256").hexdigest()]
+    return digest(*parts)
+
+
+def find_rows(config, base, rows):
+    """Keys of everything there is -> ([Row], [BadRow], validation cases, key of ""); the reading is split over the ranks."""
+    c, encoders = config, None
+    if RANK == 0:
+        text = fingerprint(base / "text_encoder"), fingerprint(base / "tokenizer"), c.max_sequence_length
+        encoders = digest(CACHE_FORMAT, fingerprint(base / "vae"), c.resolution), digest(CACHE_FORMAT, *text)
+    picture, text = gather(encoders)[0]
+
+    def keys(id):
+        try:
+            image, caption = image_bytes(c, id, rows[id], c.image_column)[0], caption_text(c, id, rows[id])
+            made = [c.control, image]  # a detector makes the control from the target
+            control = made if made[0] != "column" else image_bytes(c, id, rows[id], c.conditioning_image_column)[:1]
+            return Row(id, caption, digest(picture, image), digest(picture, *control), digest(text, caption))
+        except BadRow as error:
+            return error
+
+    found = sum(gather([keys(id) for id in tqdm(range(RANK, len(rows), WORLD), "reading rows", disable=RANK > 0)]), [])
+    bad, found = [r for r in found if isinstance(r, BadRow)], sorted(r for r in found if isinstance(r, Row))
+    images, prompts = c.validation_image or [], c.validation_prompt or []
+    pairs = zip(images * (len(prompts) if len(images) == 1 else 1), prompts * (len(images) if len(prompts) == 1 else 1))
+    cases = [Row(None, t, path, digest(picture, Path(path).read_bytes()), digest(text, t)) for path, t in pairs]
+    return found, bad, cases, digest(text, "")
+
+
+def encode(config, base, rows, device):
+    """Encode what the cache lacks, the work split over the ranks -> Encoded. Raises Refusal for unusable rows."""
+    c, skip = config, "--skip_bad_rows leaves such rows out"
+    Path(c.encoded_dir).mkdir(parents=True, exist_ok=True)
+    for stale in (f for f in Path(c.encoded_dir).glob(".*.tmp") if RANK == 0 and time.time() - f.stat().st_mtime > 3600):
+        stale.unlink()  # left by a crash; a younger one may belong to another run that shares the cache
+    found, bad, cases, empty = find_rows(c, base, rows)
+    refuse_if(bad and not c.skip_bad_rows, f"{(bad or [0])[0]} ({len(bad)} such rows; {skip})")
+    column = c.conditioning_image_column if c.control == "column" else c.image_column
+    pictures = {case.control: (None, case.image, "column") for case in cases}
+    pictures |= {row.control: (row.id, column, c.control) for row in found}
+    pictures |= {row.image: (row.id, c.image_column, "column") for row in found}
+    captions = {empty: ""} | {row.caption: row.text for row in (*found, *cases)}
+
+    index = read_index(c.encoded_dir)
+    for todo, entries in (([(key, *what) for key, what in pictures.items() if key not in index], picture_entries),
+                          ([(key, text) for key, text in captions.items() if key not in index], caption_entries)):  # fmt: skip
+        if todo[RANK::WORLD]:
+            store(c.encoded_dir, entries(c, base, rows, todo[RANK::WORLD], device, bad))
+        gc.collect()  # the encoder is gone before the next, or the transformer, is loaded
+        torch.cuda.empty_cache()
+        new = gather(bad)  # also a barrier
+    bad = [*dict.fromkeys(str(error) for errors in new for error in errors)]
+    if bad and RANK == 0:
+        tqdm.write(f"left out {len(bad)} rows or pictures that cannot be used, the first: {bad[0]}", file=sys.stderr)
+    index = read_index(c.encoded_dir)
+    refuse_if(any(case.control not in index for case in cases), f"a --validation_image cannot be used: {bad and bad[0]}")
+    train, held_out = hold_out([row for row in found if row.image in index and row.control in index], c.probe_samples)
+    cases = [case._replace(image=None) for case in cases] or held_out[:VALIDATION_CASES]
+    scaling = json.loads((base / "vae" / "config.json").read_text())["scaling_factor"]
+    return Encoded(index, train, held_out, cases, empty, scaling)
+
+
+def hold_out(rows, wanted):
+    """(rows to train on, rows to evaluate on): at most a tenth, chosen by content: no row moves the choice of others."""
+    chosen = sorted(rows, key=lambda row: (digest("held out", row.image, row.caption), row.id))
+    chosen = set(chosen[: min(wanted, len(rows) // 10)])
+    return [row for row in rows if row not in chosen], [row for row in rows if row in chosen]
+
+
+def load_vae(base):
+    from diffusers import AutoencoderKL
+
+    options = dict(dtype=torch.bfloat16, use_safetensors=True, low_cpu_mem_usage=False)
+    return AutoencoderKL.from_pretrained(base, subfolder="vae", **options).requires_grad_(False)
+
+
+def picture_entries(config, base, rows, todo, device, bad):
+    """Posterior moments (32, h, w) of the pictures in `todo`; what cannot be read goes to `bad`."""
+    vae, workers = load_vae(base).to(device), min(config.dataloader_num_workers, len(todo))
+    loader = DataLoader(todo, None, collate_fn=functools.partial(read_picture, config, rows), num_workers=workers)
+    for key, pixels in tqdm(loader, "encoding pictures", disable=RANK > 0):
+        if torch.is_tensor(pixels):  # one at a time: an entry does not depend on its neighbours
+            yield key, vae.encode(pixels[None].to(device, torch.bfloat16)).latent_dist.parameters[0]
+        elif config.skip_bad_rows:
+            bad.append(pixels)
+        else:
+            print(f"cv4ctrl.py: {pixels}; --skip_bad_rows leaves such rows out", file=sys.stderr, flush=True)
+            sys.exit(2)  # the other ranks do not know: the launcher ends them; what they stored is kept
+
+
+def caption_entries(config, base, rows, todo, device, bad):
+    """Prompt embeddings (T, 4096) of the captions in `todo`.
+
+    The pipeline's own function encodes each caption alone: it pads to a multiple of 16 tokens and lets the pads be
+    attended to, so that an embedding from a batch would be another one."""
+    from diffusers import CogView4ControlPipeline
+
+    options = dict(dtype=torch.bfloat16, use_safetensors=True, low_cpu_mem_usage=False)
+    pipe = CogView4ControlPipeline.from_pretrained(base, transformer=None, vae=None, **options).to(device)
+    for key, text in tqdm(todo, "encoding captions", disable=RANK > 0):
+        with torch.no_grad():
+            yield key, pipe.encode_prompt(text, None, False, max_sequence_length=config.max_sequence_length)[0][0]
+
+
+# === 7. the sample stream =============================================================================================
+# Sample k of a run is a pure function of (seed, k). Ranks, workers and restarts only decide who asks for it.
+
+
+def draw(*address):
+    """Random generator of an address such as (seed, "noise", k)."""
+    return torch.Generator().manual_seed(int(digest(*address)[:15], 16))
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(seed, epoch, rows):
+    """Order of the rows in an epoch, (rows,) int64."""
+    return torch.randperm(rows, generator=draw(seed, "order", epoch))
+
+
+class Stream(Dataset):
+    """Micro-batch n of a rank: accumulation n % A of step n // A, A = gradient_accumulation_steps.
+
+    The samples of a global batch are sorted by text length before they are cut into micro-batches, in the same way for
+    any number of ranks: the gradient is the same, most of the padding goes."""
+
+    def __init__(self, config, encoded, rank, world):
+        self.config, self.encoded, self.rank, self.world = config, encoded, rank, world
+        self.mu = shift_mu((config.resolution // PIXELS_PER_TOKEN) ** 2)
+        self.order = functools.lru_cache(maxsize=2)(self.order)
+
+    def row(self, k):
+        """(Row, key of its text) of sample k: every row once an epoch; some lose their caption."""
+        seed, rows = self.config.seed, self.encoded.train
+        row = rows[permutation(seed, k // len(rows), len(rows))[k % len(rows)]]
+        empty = torch.rand((), generator=draw(seed, "caption", k)) < self.config.proportion_empty_prompts
+        return row, self.encoded.empty if empty else row.caption
+
+    def timestep(self, k):
+        """t of sample k, (1,): an additive recurrence spreads neighbours evenly, its start makes each of them uniform."""
+        c, start = self.config, int(digest(self.config.seed, "timestep"), 16)
+        u = (((start + k * GOLDEN) % 2**64 >> 11) + 0.5) / 2**53
+        u = torch.tensor([u], dtype=torch.float64)
+        return timestep_of(warp(u, c.weighting_scheme, c.logit_mean, c.logit_std, c.mode_scale))
+
+    def order(self, step):
+        """The k of a global batch, by text length."""
+        total = self.config.total_batch_size
+        return sorted(range(step * total, (step + 1) * total), key=lambda k: (self.encoded.index[self.row(k)[1]][1], k))
+
+    def sample(self, k):
+        row, caption = self.row(k)
+        side, generator = self.config.resolution // PIXELS_PER_LATENT, draw(self.config.seed, "noise", k)
+        noise, eps, control_eps = torch.randn(3, LATENT_CHANNELS, side, side, generator=generator)
+        latent, control = self.encoded.latent(row.image, eps), self.encoded.latent(row.control, control_eps)
+        return dict(row=row.id, latent=latent, control=control, noise=noise, timestep=self.timestep(k),
+                    prompt_embeds=self.encoded.embedding(caption))  # fmt: skip
+
+    def __getitem__(self, n):
+        step, turn = divmod(n, self.config.gradient_accumulation_steps)
+        micro = self.config.train_batch_size
+        first = (turn * self.world + self.rank) * micro
+        return collate([self.sample(k) for k in self.order(step)[first : first + micro]], self.mu)
+
+
+def collate(samples, mu):
+    """Samples -> micro-batch: prompt_embeds padded on the right with zeros, mask (B, T), or None if nothing is padded."""
+    batch = {name: torch.stack([s[name] for s in samples]) for name in ("latent", "control", "noise")}
+    batch["rows"] = [s["row"] for s in samples]
+    batch["timestep"] = torch.cat([s["timestep"] for s in samples])
+    batch["sigma"] = shifted_sigma(batch["timestep"], mu)
+    batch["prompt_embeds"] = torch.nn.utils.rnn.pad_sequence([s["prompt_embeds"] for s in samples], batch_first=True)
+    lengths = torch.tensor([len(s["prompt_embeds"]) for s in samples])
+    batch["mask"] = None if lengths.min() == lengths.max() else torch.arange(lengths.max()) < lengths[:, None]
+    return batch
+
+
+def micro_batches(stream, start, stop, device):
+    """The micro-batches of steps start .. stop, on `device`."""
+    accumulation, workers = stream.config.gradient_accumulation_steps, stream.config.dataloader_num_workers
+    numbers, pin = range(start * accumulation, stop * accumulation), device.type == "cuda"
+    loader = DataLoader(stream, None, sampler=numbers, num_workers=min(workers, len(numbers)), pin_memory=pin)
+    for batch in loader:
+        yield {key: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for key, v in batch.items()}
+
+
+def batch_loss(model, frame, batch, scheme):
+    """Flow-matching loss of a micro-batch, fp32 scalar."""
+    noisy = interpolate(batch["latent"], batch["noise"], batch["sigma"])
+    predicted = predict(model, frame, noisy, batch["control"], batch["prompt_embeds"], batch["mask"], batch["timestep"])
+    return flow_loss(predicted, velocity(batch["latent"], batch["noise"]), loss_weight(batch["sigma"], scheme))
+
+
+# === 8. evaluation ====================================================================================================
+
+
+@torch.no_grad()
+def euler_sample(model, frame, noise, control, prompt_embeds, empty_embeds, steps, guidance):
+    """Noise (1, 16, h, w) -> latent in CogView4ControlPipeline's steps; guidance > 1 mixes in the prediction for ""."""
+    x, timesteps = noise, inference_timesteps(steps)
+    sigmas = shifted_sigma(torch.cat([timesteps, torch.zeros(1)]), shift_mu(len(frame.rope[0]))).tolist()
+    for t, sigma, next_sigma in zip(timesteps.to(x.device), sigmas, sigmas[1:]):
+        v = predict(model, frame, x, control, prompt_embeds, None, t.expand(len(x)))
+        if guidance > 1:
+            unguided = predict(model, frame, x, control, empty_embeds, None, t.expand(len(x)))
+            v = unguided + guidance * (v - unguided)
+        x = euler_step(x, v, sigma, next_sigma).to(v.dtype)  # the scheduler rounds to the model's type as well
+    return x
+
+
+@torch.no_grad()
+def decode(base, latents, scaling, device):
+    """Latents [(16, h, w)] -> PIL images by the base's VAE, which is there only for that time."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    vae, processor = load_vae(base).to(device), VaeImageProcessor()
+    scaled = ((latent[None] / scaling).to(device, torch.bfloat16) for latent in latents)
+    return [processor.postprocess(vae.decode(latent).sample.cpu())[0] for latent in scaled]
+
+
+def validate(model, frame, config, encoded, base, step):
+    """Draw every case and write validation/step-<step>.png: control | generated ... | target.
+
+    The work is spread over the ranks, which all call the model equally often: under ZeRO-3 every call is collective."""
+    c, device, latents = config, frame.size.device, {}
+    jobs = [(case, n) for case in range(len(encoded.cases)) for n in range(c.num_validation_images)]
+    for turn in tqdm(range(math.ceil(len(jobs) / WORLD)), "drawing", disable=RANK > 0, leave=False):
+        job = jobs[min(turn * WORLD + RANK, len(jobs) - 1)]
+        case, side = encoded.cases[job[0]], c.resolution // PIXELS_PER_LATENT
+        noise = torch.randn(1, LATENT_CHANNELS, side, side, generator=draw(c.seed, "validation", *job))
+        inputs = (noise, encoded.latent(case.control)[None],
+                  encoded.embedding(case.caption)[None], encoded.embedding(encoded.empty)[None])  # fmt: skip
+        inputs = [tensor.to(device) for tensor in inputs]
+        latents[job] = euler_sample(model, frame, *inputs, c.num_inference_steps, c.guidance_scale)[0].float().cpu()
+    latents = {job: latent for part in gather(latents) for job, latent in part.items()}
+    if RANK == 0:
+        headings = ["control", *["generated"] * c.num_validation_images, "target"]
+        rows = []
+        for number, case in enumerate(encoded.cases):
+            row = [encoded.latent(case.control), *(latents[number, n] for n in range(c.num_validation_images))]
+            row += [encoded.latent(case.image)] if case.image else []
+            rows.append((case.text, decode(base, row, encoded.scaling, device)))
+        file = Path(c.output_dir, "validation", f"step-{step}.png")
+        file.parent.mkdir(exist_ok=True)
+        write_aside(file, lambda path: picture_grid(rows, headings).save(path, "PNG"))
+
+
+def picture_grid(rows, headings):
+    """[(title, images)] -> one image: a row each under its title; columns of 160 px at least under their headings."""
+    cell, line = max(160, rows[0][1][0].width), 16
+    grid = Image.new("RGB", (cell * max(len(images) for _, images in rows), line + (cell + line) * len(rows)), "white")
+    pen = ImageDraw.Draw(grid)
+    for column, heading in enumerate(headings):
+        pen.text((column * cell + 4, 2), heading, fill="black")
+    for number, (title, images) in enumerate(rows):
+        top = line + number * (cell + line)
+        pen.text((4, top + 2), " ".join(title.split())[: grid.width // 6], fill="black")
+        for column, image in enumerate(images):
+            grid.paste(image.resize((cell, cell), Image.Resampling.NEAREST), (column * cell, top + line))
+    return grid
+
+
+# === 9. engine and checkpoints ========================================================================================
+
+
+def start_ranks():
+    """Join the other ranks, alone where nobody launched us -> this rank's device."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    deepspeed.utils.logger.setLevel("WARNING")
+    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=0).items():
+        os.environ.setdefault(name, str(value))
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":  # its shared-memory collectives want a compiler, plain gloo does not
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(timeout=PATIENCE, verbose=False)
+    return torch.device(accelerator.current_device_name())
+
+
+def start_engine(config, settings, model):
+    """deepspeed.initialize with the optimizer of ds_config.json, or ours where it has none."""
+    import deepspeed
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    offloaded = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    make = deepspeed.ops.adam.DeepSpeedCPUAdam if offloaded else functools.partial(torch.optim.AdamW, fused=True)
+    optimizer = None if "optimizer" in settings else make(parameters, lr=config.learning_rate)
+    return deepspeed.initialize(model=model, model_parameters=parameters, optimizer=optimizer, config=settings)[0]
+
+
+def set_optimizer(engine, config, rate):
+    """The command line owns the optimizer's settings, also after a checkpoint has been read."""
+    more = dict(betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
+    for group in engine.optimizer.param_groups:
+        group.update(lr=rate, weight_decay=config.adam_weight_decay, **more)
+
+
+def schedule(config, steps):
+    """Learning rate as a function of the step, by diffusers' schedules: nothing of it needs to be saved."""
+    from diffusers.optimization import get_scheduler
+
+    c, optimizer = config, torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
+    curve = get_scheduler(c.lr_scheduler, optimizer, None, c.lr_warmup_steps, steps, c.lr_num_cycles, c.lr_power)
+    return lambda step: c.learning_rate * curve.lr_lambdas[0](step)
+
+
+def export(engine, folder, upcast):
+    """Weights as CogView4Transformer2DModel.from_pretrained loads them; all ranks take part, rank 0 writes."""
+    import deepspeed
+    from huggingface_hub import save_torch_state_dict
+
+    state = {}
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters(parameter):  # does nothing below ZeRO-3
+            if RANK == 0:
+                state[name] = parameter.detach().to("cpu", torch.float32 if upcast else None, copy=True)
+    if RANK == 0:
+        engine.module.save_config(folder)
+        pattern = "diffusion_pytorch_model{suffix}.safetensors"
+        save_torch_state_dict(state, folder, filename_pattern=pattern, max_shard_size="10GB")
+
+
+def checksums(folder):
+    """{relative path: [bytes, SHA-256]} of the files of a checkpoint, the reading split over the ranks."""
+    mine = {}
+    for file in sorted(f for f in folder.rglob("*") if f.is_file() and f.name != "manifest.json")[RANK::WORLD]:
+        with open(file, "rb") as stream:
+            mine[str(file.relative_to(folder))] = [file.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()]
+    return dict(sorted(item for part in gather(mine) for item in part.items()))
+
+
+def save_checkpoint(engine, config, step, identity):
+    """checkpoint-<step>: state and weights written aside, the manifest with their checksums last, then renamed."""
+    final = Path(config.output_dir, f"checkpoint-{step}")
+    aside = final.with_name(f".{final.name}.tmp")
+    if RANK == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+    dist.barrier()
+    engine.save_checkpoint(str(aside / "state"), tag="engine")
+    export(engine, aside / "transformer", config.upcast_before_saving)
+    dist.barrier()
+    files = checksums(aside)
+    if RANK == 0:
+        base = Path(config.pretrained_model_name_or_path)
+        manifest = {"step": step, "samples": step * config.total_batch_size, "stream": identity, "files": files,
+                    "base": str(base.absolute() if base.is_dir() else base)}  # fmt: skip
+        write_aside(aside / "manifest.json", lambda path: path.write_text(json.dumps(manifest, indent=1)))
+        shutil.rmtree(final, ignore_errors=True)  # of the same step, if an older checkpoint was chosen to go on from
+        os.replace(aside, final)
+        for old in checkpoints(config.output_dir)[: -config.checkpoints_total_limit or -sys.maxsize]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def checkpoints(folder):
+    """Folders checkpoint-<step>, oldest first."""
+    found = [f for f in Path(folder).glob("checkpoint-*") if f.name.split("-")[1].isdigit()]
+    return sorted(found, key=lambda f: int(f.name.split("-")[1]))
+
+
+def find_checkpoint(config):
+    """(newest whole checkpoint, its manifest), or (None, None) for a new run; all ranks agree. Raises Refusal.
+
+    Whole: all files that its manifest lists are there as they were written, and no others."""
+    wanted, present = config.resume_from_checkpoint, checkpoints(config.output_dir)
+    refuse_if(wanted == "none" and present, f"--resume_from_checkpoint none: {config.output_dir} holds checkpoints; "
+              "choose another --output_dir or move them away")  # fmt: skip
+    if wanted not in ("latest", "none"):
+        present = [p for p in (Path(wanted), Path(config.output_dir, wanted)) if p.is_dir()][:1]
+        refuse_if(not present, f"--resume_from_checkpoint {wanted}: no such folder")
+    for checkpoint in reversed(present):
+        try:
+            manifest = json.loads((checkpoint / "manifest.json").read_text())
+        except (OSError, ValueError):
+            manifest = {}
+        if checksums(checkpoint) == manifest.get("files"):
+            return checkpoint, manifest
+    refuse_if(present, f"{present and present[-1]}: not whole, nor is an older checkpoint; move it away to start anew")
+    return None, None
+
+
+def stream_identity(config):
+    """What decides which samples a run sees; a checkpoint only goes on where it is the same."""
+    names = ("seed", "total_batch_size", "resolution", "max_sequence_length", "control", "proportion_empty_prompts",
+             "weighting_scheme", "logit_mean", "logit_std", "mode_scale")  # fmt: skip
+    return {"number of ranks": WORLD} | {name: getattr(config, name) for name in names}
+
+
+def refuse_other_stream(found, manifest, identity):
+    for name, now in identity.items() if found else ():
+        saved = manifest["stream"].get(name)
+        refuse_if(saved != now, f"{found} was made with {name} = {saved}, now it is {now}: the run would not go on with "
+                  "the same samples; restore it, or start in another --output_dir")  # fmt: skip
+
+
+# === 10. the loop =====================================================================================================
+
+
+class Log:
+    """metrics.jsonl, trackers and progress bar, on rank 0; rows past `start`, of an interrupted run, are dropped."""
+
+    def __init__(self, config, engine, start, steps):
+        self.engine, self.file = engine, Path(config.output_dir, "metrics.jsonl")
+        self.bar = tqdm(total=steps, initial=start, desc="training", disable=RANK > 0)
+        if RANK == 0:
+            lines = self.file.read_text().splitlines() if self.file.exists() else []
+            kept = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
+            write_aside(self.file, lambda path: path.write_text("".join(kept)))
+
+    def write(self, row):
+        if RANK == 0:
+            with open(self.file, "a") as file:
+                file.write(json.dumps(row) + "\n")
+            values = {name: value for name, value in row.items() if name != "step" and value is not None}
+            self.engine.monitor.write_events([(f"train/{name}", value, row["step"]) for name, value in values.items()])
+            shown = ("loss", "lr", "grad_norm", "samples_per_s")
+            self.bar.set_postfix({name: f"{values[name]:.3g}" for name in shown if name in values}, refresh=False)
+        self.bar.update()
+
+
+def train(config, engine, stream, frame, base, identity, start, steps):
+    """Optimizer steps start + 1 .. steps, with their checkpoints and pictures."""
+    c, rate, log = config, schedule(config, steps), Log(config, engine, start, steps)
+    batches = micro_batches(stream, start, steps, frame.size.device)
+
+    def pictures(step):
+        if stream.encoded.cases and c.num_validation_images and (step % c.validation_steps == 0 or step == steps):
+            validate(engine.module, frame, c, stream.encoded, base, step)
+
+    if start == 0:
+        pictures(0)
+    for step in range(start + 1, steps + 1):
+        clock, losses = time.perf_counter(), []
+        set_optimizer(engine, c, rate(step - 1))
+        for _ in range(c.gradient_accumulation_steps):
+            loss = batch_loss(engine, frame, next(batches), c.weighting_scheme)
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.detach())
+        loss, norm = torch.stack(losses).mean() / WORLD, engine.get_global_grad_norm()
+        dist.all_reduce(loss)
+        log.write({"step": step, "samples": step * c.total_batch_size, "loss": loss.item(), "lr": rate(step - 1),
+                   "grad_norm": None if norm is None else float(norm),
+                   "samples_per_s": c.total_batch_size / (time.perf_counter() - clock)})  # fmt: skip
+        if step % c.checkpointing_steps == 0 or step == steps:
+            save_checkpoint(engine, c, step, identity)
+        pictures(step)
+
+
+# === 11. main =========================================================================================================
+
+
+def find_base(config, name):
+    """Folders of the base and of its transformer. A checkpoint made here is a transformer only: the rest is its base's."""
+    if Path(name, "manifest.json").exists():
+        manifest = json.loads(Path(name, "manifest.json").read_text())
+        return find_base(config, manifest["base"])[0], Path(name, "transformer")
+    if Path(name).is_dir():
+        return Path(name), Path(name, "transformer")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json"] if config.dry_run else ["*.json", "*.safetensors", "*.txt", "*.model"]
+    try:
+        folder = snapshot_download(name, revision=config.revision, cache_dir=config.cache_dir, allow_patterns=patterns)
+    except Exception as error:  # no name, no network, no access: each has a class of its own
+        why = str(error).strip().splitlines()[0]
+        raise Refusal(f"--pretrained_model_name_or_path {name}: no such folder, and not to be had from the hub: {why}")
+    return Path(folder), Path(folder, "transformer")
+
+
+def check_base(config, base, transformer):
+    """All parts are there, and are what this file knows how to train. Raises Refusal."""
+    folders = {name: base / name for name in ("scheduler", "text_encoder", "vae")} | {"transformer": transformer}
+    shapes, name_of_base = {}, f"base {config.pretrained_model_name_or_path}"
+    for name, folder in folders.items():
+        file = folder / ("scheduler_config.json" if name == "scheduler" else "config.json")
+        try:
+            shapes[name] = json.loads(file.read_text())
+        except (OSError, ValueError):
+            raise Refusal(f"{name_of_base}: {file} is missing or not JSON")
+        found = name == "scheduler" or config.dry_run or weight_files(folder, config.variant) or weight_files(folder)
+        refuse_if(not found, f"{name_of_base}: no safetensors in {folder}")
+    known = {"use_dynamic_shifting": True, "time_shift_type": "linear", "base_shift": BASE_SHIFT, "max_shift": MAX_SHIFT,
+             "base_image_seq_len": BASE_TOKENS, "num_train_timesteps": TIMESTEPS}  # fmt: skip
+    shifts = {name: shapes["scheduler"].get(name) for name in known}
+    refuse_if(shifts != known, f"{name_of_base}: its scheduler is not CogView4's: {shifts}")
+    kind = shapes["transformer"]["patch_size"] * PIXELS_PER_LATENT, shapes["vae"]["latent_channels"]
+    refuse_if(kind != (PIXELS_PER_TOKEN, LATENT_CHANNELS), f"{name_of_base}: patches or latents are not CogView4's")
+
+
+def write_run(config, settings, start, steps):
+    """run.json: what ran, with what, on what."""
+    from importlib.metadata import version
+
+    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
+    packages = {name: version(name) for name in ("torch", "deepspeed", "diffusers", "transformers")}
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    run = {"command": sys.argv, "start_step": start, "steps": steps, "config": dataclasses.asdict(config),
+           "deepspeed": settings, "ranks": WORLD, "hardware": hardware, "commit": git.stdout.strip() or None,
+           "versions": packages | {"python": platform.python_version()}}  # fmt: skip
+    write_aside(Path(config.output_dir, "run.json"), lambda path: path.write_text(json.dumps(run, indent=1)))
+
+
+def publish(config, step):
+    """The last checkpoint's weights as config.json + safetensors in output_dir: hard links, or copies."""
+    for file in Path(config.output_dir, f"checkpoint-{step}", "transformer").iterdir():
+        final = Path(config.output_dir, file.name)
+        final.unlink(missing_ok=True)
+        try:
+            os.link(file, final)
+        except OSError:
+            shutil.copyfile(file, final)
+
+
+def run(config):
+    """From flags to trained weights."""
+    c = resolve(config, WORLD)
+    check(c)
+    settings = engine_settings(c)
+    base, transformer = find_base(c, c.pretrained_model_name_or_path)
+    check_base(c, base, transformer)
+    rows = open_dataset(c)
+
+    def count_steps(rows):
+        few = f"{rows} rows to train on are fewer than one global batch of {c.total_batch_size}"
+        refuse_if(rows < c.total_batch_size, few)
+        return c.max_train_steps or math.ceil(c.num_train_epochs * rows / c.total_batch_size)
+
+    held_out = min(c.probe_samples, len(rows) // 10)
+    plan = (f"{len(rows)} rows, {held_out} held out; {c.resolution} px; {WORLD} ranks x batch {c.train_batch_size} x "
+            f"{c.gradient_accumulation_steps} = {c.total_batch_size} samples a step; "
+            f"{count_steps(len(rows) - held_out)} steps -> {c.output_dir}")  # fmt: skip
+    if RANK == 0:
+        print(plan)
+    if c.dry_run:
+        return
+    device = start_ranks()
+    torch.manual_seed(c.seed)
+    torch.backends.cuda.matmul.allow_tf32 = c.allow_tf32
+    found, manifest = find_checkpoint(c)
+    identity = stream_identity(c)
+    refuse_other_stream(found, manifest, identity)
+    Path(c.output_dir).mkdir(parents=True, exist_ok=True)
+    encoded = encode(c, base, rows, device)
+    steps = count_steps(len(encoded.train))
+    identity |= {"rows": len(encoded.train), "content of the rows": digest(*(part for row in encoded.train for part in row))}
+    refuse_other_stream(found, manifest, identity)
+
+    dtype = torch.bfloat16 if c.mixed_precision == "bf16" else torch.float32
+    model = load_transformer(transformer, c.variant, dtype, device)
+    choose_trainable(model, c.only_target_transformer_blocks)
+    if c.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    frame, engine, start = prepare(model, c.resolution, device, dtype), start_engine(c, settings, model), 0
+    if found:
+        engine.load_checkpoint(str(found / "state"), tag="engine")
+        start = manifest["step"]
+    if RANK == 0:
+        write_run(c, settings, start, steps)
+    train(c, engine, Stream(c, encoded, RANK, WORLD), frame, base, identity, start, steps)
+    if RANK == 0:
+        publish(c, max(start, steps))
+        print(f"done: weights in {c.output_dir}, pictures in {Path(c.output_dir, 'validation')}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main(argv=None):
+    """Exit code 0: done. 2: the request is wrong, one line says why. 1: a failure while running."""
+    try:
+        run(parse(argv))
+    except Refusal as refusal:
+        if RANK == 0:
+            print(f"cv4ctrl.py: {refusal}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(10)  # rank 0 says the same; the launcher ends us once it has spoken
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
