@@ -76,6 +76,11 @@ def refuse_if(wrong, why):
         raise Refusal(" ".join(why.split()))
 
 
+def first_line(error):
+    """What an exception of a library says, in one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def flag(default, help, **more):
     """A field of Config that is a flag. least: smallest value allowed; choices: the values allowed."""
     return dataclasses.field(default=default, metadata={"help": help, **more})
@@ -168,8 +173,9 @@ def parse(argv=None):
     words = []
     for word in sys.argv[1:] if argv is None else argv:
         head, mark, tail = word.partition("=")
-        words.append("--" + head[2:].replace("-", "_") + mark + tail if head.startswith("--") else word)
-        refuse_if(head[2:] in NOT_HERE, f"{head} is not taken: {NOT_HERE.get(head[2:])}")
+        name = head[2:].replace("-", "_") if head.startswith("--") else None
+        words.append(word if name is None else f"--{name}{mark}{tail}")
+        refuse_if(name in NOT_HERE, f"--{name} is not taken: {NOT_HERE.get(name)}")
     values = vars(parser.parse_args(words))
     del values["local_rank"]
     return Config(**values)
@@ -206,6 +212,11 @@ def check(config):
     refuse_if(bool(images) != bool(prompts), "--validation_image and --validation_prompt: give both or none")
     refuse_if(len(images) != len(prompts) and 1 not in (len(images), len(prompts)), f"--validation_image has "
               f"{len(images)} and --validation_prompt {len(prompts)} values: one, or as many")  # fmt: skip
+    for path in images:
+        try:
+            Image.open(path).load()
+        except Exception as error:  # decoders raise whatever they like
+            raise Refusal(f"--validation_image {path}: {first_line(error)}")
     for name in ("tensorboard", "wandb"):
         refuse_if(c.report_to in (name, "all") and not importlib.util.find_spec(name),
                   f"--report_to {c.report_to} needs {name}, which is not installed: pip install {name}")  # fmt: skip
@@ -249,6 +260,9 @@ def engine_settings(config):
         refuse_if(said not in ("auto", value), f"{path.name} says {key} = {json.dumps(said)}, --{name} makes it "
                   f"{json.dumps(value)}: they contradict; write \"auto\" in the file")  # fmt: skip
         section[last] = value
+    types, stage = settings.get("data_types", {}), settings.get("zero_optimization", {}).get("stage", 0)
+    if types.get("grad_accum_dtype") == "auto":  # fp32; DeepSpeed's stage 0 knows only the model's own type
+        types["grad_accum_dtype"] = "bf16" if c.mixed_precision == "bf16" and stage == 0 else "fp32"
     for key, value in walk(settings):
         refuse_if(value == "auto", f"{path.name} says {key} = \"auto\", but no flag decides it: give a value")
     refuse_if("scheduler" in settings, f"{path.name} has a scheduler, which contradicts --lr_scheduler: remove it")
@@ -289,7 +303,7 @@ def write_aside(file, write):
 
 
 # === 3. flow matching =================================================================================================
-# Pure functions of tensors, in fp32: bf16 would keep only 276 of the 1000 levels apart.
+# Pure functions of tensors, in fp32: bf16 would keep only 347 of the 1000 sigmas at 1024 px apart.
 
 
 def shift_mu(image_tokens):
@@ -493,7 +507,7 @@ def open_dataset(config):
             Path(name).stat()  # the library would look for it on the hub
         rows = datasets.load_dataset(**where, split="train", cache_dir=c.cache_dir)
     except Exception as error:  # a dozen classes, the library's own among them
-        raise Refusal(f"data set {name}: {str(error).strip().splitlines()[0]}")
+        raise Refusal(f"data set {name}: {first_line(error)}")
     refuse_if(len(rows) == 0, f"data set {name}: it is empty")
     for flag in ("image_column", "conditioning_image_column", "caption_column"):
         column, needed = getattr(c, flag), c.control == "column" or flag != "conditioning_image_column"
@@ -526,7 +540,7 @@ def caption_text(config, id, row):
 
 
 def read_picture(config, rows, todo):
-    """(key, row id or None, column or path, control) -> (key, (3, H, W) in -1 .. 1 as the pipeline reads it, or BadRow)."""
+    """(key, row id or None, column or path, control) -> (key, (1, 3, H, W) as the pipeline reads it, or BadRow)."""
     from diffusers.image_processor import VaeImageProcessor
     from diffusers.utils import load_image
 
@@ -540,7 +554,7 @@ def read_picture(config, rows, todo):
     except Exception as error:  # decoders raise whatever they like on broken files
         return key, BadRow(f"{name}: cannot be decoded as an image: {error}")
     image = image if control == "column" else make_control(image, side)
-    return key, VaeImageProcessor(PIXELS_PER_LATENT).preprocess(image, side, side)[0]
+    return key, VaeImageProcessor(PIXELS_PER_LATENT).preprocess(image, side, side)
 
 
 def make_control(image, side):
@@ -649,8 +663,8 @@ def encode(config, base, rows, device):
     refuse_if(bad and not c.skip_bad_rows, f"{(bad or [0])[0]} ({len(bad)} such rows; {skip})")
     column = c.conditioning_image_column if c.control == "column" else c.image_column
     pictures = {case.control: (None, case.image, "column") for case in cases}
-    pictures |= {row.control: (row.id, column, c.control) for row in found}
-    pictures |= {row.image: (row.id, c.image_column, "column") for row in found}
+    for row in found:
+        pictures |= {row.image: (row.id, c.image_column, "column"), row.control: (row.id, column, c.control)}
     captions = {empty: ""} | {row.caption: row.text for row in (*found, *cases)}
 
     index = read_index(c.encoded_dir)
@@ -692,11 +706,11 @@ def picture_entries(config, base, rows, todo, device, bad):
     loader = DataLoader(todo, None, collate_fn=functools.partial(read_picture, config, rows), num_workers=workers)
     for key, pixels in tqdm(loader, "encoding pictures", disable=RANK > 0):
         if torch.is_tensor(pixels):  # one at a time: an entry does not depend on its neighbours
-            yield key, vae.encode(pixels[None].to(device, torch.bfloat16)).latent_dist.parameters[0]
+            yield key, vae.encode(pixels.to(device, torch.bfloat16)).latent_dist.parameters[0]
         elif config.skip_bad_rows:
             bad.append(pixels)
         else:
-            print(f"cv4ctrl.py: {pixels}; --skip_bad_rows leaves such rows out", file=sys.stderr, flush=True)
+            tqdm.write(f"cv4ctrl.py: {pixels}; --skip_bad_rows leaves such rows out", file=sys.stderr)
             sys.exit(2)  # the other ranks do not know: the launcher ends them; what they stored is kept
 
 
@@ -706,7 +720,10 @@ def caption_entries(config, base, rows, todo, device, bad):
     The pipeline's own function encodes each caption alone: it pads to a multiple of 16 tokens and lets the pads be
     attended to, so that an embedding from a batch would be another one."""
     from diffusers import CogView4ControlPipeline
+    from diffusers.utils.logging import disable_progress_bar as quiet_diffusers
+    from transformers.utils.logging import disable_progress_bar as quiet_transformers
 
+    quiet_diffusers(), quiet_transformers()
     options = dict(dtype=torch.bfloat16, use_safetensors=True, low_cpu_mem_usage=False)
     pipe = CogView4ControlPipeline.from_pretrained(base, transformer=None, vae=None, **options).to(device)
     for key, text in tqdm(todo, "encoding captions", disable=RANK > 0):
@@ -1077,8 +1094,8 @@ def find_base(config, name):
     try:
         folder = snapshot_download(name, revision=config.revision, cache_dir=config.cache_dir, allow_patterns=patterns)
     except Exception as error:  # no name, no network, no access: each has a class of its own
-        why = str(error).strip().splitlines()[0]
-        raise Refusal(f"--pretrained_model_name_or_path {name}: no such folder, and not to be had from the hub: {why}")
+        why = f"no such folder, and not to be had from the hub: {first_line(error)}"
+        raise Refusal(f"--pretrained_model_name_or_path {name}: {why}")
     return Path(folder), Path(folder, "transformer")
 
 

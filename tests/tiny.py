@@ -49,11 +49,13 @@ def make_tokenizer(folder):
 
 def make_base(folder, seed=0, dtype=torch.bfloat16, layers=2, heads=4, head_dim=16, text_dim=32, in_channels=16):
     """Random CogView4 base in `folder`; every part loads with the class that CogView4-6B's model_index.json names."""
+    import diffusers
     from diffusers import AutoencoderKL, CogView4Transformer2DModel, FlowMatchEulerDiscreteScheduler
     from transformers import GlmConfig, GlmModel
 
     folder = Path(folder)
     torch.manual_seed(seed)
+    diffusers.utils.logging.set_verbosity_error()  # the plain casts below are meant
     vocab = make_tokenizer(folder / "tokenizer")
     config = GlmConfig(
         vocab_size=vocab, hidden_size=text_dim, intermediate_size=2 * text_dim, num_hidden_layers=2, num_attention_heads=2,

@@ -1,0 +1,79 @@
+"""One tiny base, one data set and one cache of encoded data for the whole suite."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+import cv4ctrl  # noqa: E402
+import tiny  # noqa: E402
+
+ROWS = 48  # of 3 to 4 caption lengths: 32 and 48 tokens after padding
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture(scope="session")
+def base(folder):
+    return tiny.make_base(folder / "base")
+
+
+@pytest.fixture(scope="session")
+def data(folder):
+    return tiny.make_data(folder / "data", ROWS)
+
+
+@pytest.fixture(scope="session")
+def flags(folder, base, data):
+    """Flags of a small run on the shared base, data and cache; options replace or add some."""
+
+    def make(output_dir, **options):
+        defaults = dict(
+            pretrained_model_name_or_path=base, dataset_name=data, encoded_dir=folder / "encoded", output_dir=output_dir,
+            resolution=64, train_batch_size=4, mixed_precision="no", lr_scheduler="constant", learning_rate=1e-3,
+            dataloader_num_workers=0, num_validation_images=0, max_train_steps=2,
+        )  # fmt: skip
+        values = {name: value for name, value in (defaults | options).items() if value is not None}
+        return [word for name, value in values.items() for word in (f"--{name}", *(value if isinstance(value, list) else [value]))]
+
+    return lambda *args, **options: [str(word) for word in make(*args, **options) if word is not True]
+
+
+@pytest.fixture(scope="session")
+def config(flags):
+    """Resolved Config of such a run on `world` ranks."""
+    return lambda output_dir="unused", world=1, **options: cv4ctrl.resolve(cv4ctrl.parse(flags(output_dir, **options)), world)
+
+
+@pytest.fixture(scope="session")
+def device():
+    """This process as the only rank."""
+    return cv4ctrl.start_ranks()
+
+
+@pytest.fixture(scope="session")
+def encoded(config, base, device):
+    """The shared data set, encoded."""
+    c = config()
+    return cv4ctrl.encode(c, base, cv4ctrl.open_dataset(c), device)
+
+
+@pytest.fixture()
+def refused(capsys):
+    """Run the command line; it must end with exit code 2, after one line on stderr (and progress bars), which is returned."""
+
+    def run(argv, progress=False):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cv4ctrl.main([str(word) for word in argv])
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and not (progress and "/s]" in line)]
+        assert ended.value.code == 2
+        assert len(lines) == 1, lines
+        return lines[0]
+
+    return run

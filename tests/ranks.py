@@ -1,0 +1,168 @@
+"""Run cv4ctrl in fresh processes, several times in one set of ranks, so that a launch is paid once.
+
+A job is a command line for cv4ctrl.main, or (name of a function of this file, its arguments)."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def launch(world, *jobs, timeout=400):
+    """Run the jobs one after the other on `world` ranks -> [(exit code, value)] as rank 0 has them."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = []
+    for rank in range(world):
+        env = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": str(max(1, 2 // world))}
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        ranks.append(subprocess.Popen([sys.executable, __file__, json.dumps(jobs, default=str)], env=env, **output))
+    try:
+        texts = [rank.communicate(timeout=timeout)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    results = [line for line in texts[0].splitlines() if line.startswith("RESULTS ")]
+    assert results, "\n".join(texts)
+    results = json.loads(results[0].removeprefix("RESULTS "))
+    assert all(code == 0 for code, _ in results) or any(code == 2 for code, _ in results), "\n".join(texts)
+    return results
+
+
+# --- jobs -----------------------------------------------------------------------------------------------------------------------
+
+
+def gradients(argv, file):
+    """Gradients of one global batch, as the real engine accumulates and reduces them over the ranks -> safetensors `file`."""
+    import deepspeed
+    from safetensors.torch import save_file
+
+    import cv4ctrl
+
+    c = cv4ctrl.resolve(cv4ctrl.parse(argv), cv4ctrl.WORLD)
+    device, base = cv4ctrl.start_ranks(), Path(c.pretrained_model_name_or_path)
+    encoded = cv4ctrl.encode(c, base, cv4ctrl.open_dataset(c), device)
+    model = cv4ctrl.load_transformer(base / "transformer", None, cv4ctrl.torch.float32, device)
+    model.enable_gradient_checkpointing()
+    frame = cv4ctrl.prepare(model, c.resolution, device, cv4ctrl.torch.float32)
+    engine = cv4ctrl.start_engine(c, cv4ctrl.engine_settings(c), model)
+    stream = cv4ctrl.Stream(c, encoded, cv4ctrl.RANK, cv4ctrl.WORLD)
+    for turn, batch in enumerate(cv4ctrl.micro_batches(stream, 0, 1, device)):
+        engine.backward(cv4ctrl.batch_loss(engine, frame, batch, c.weighting_scheme))
+        if turn + 1 < c.gradient_accumulation_steps:
+            engine.step()
+    found = {name: deepspeed.utils.safe_get_full_grad(p) for name, p in engine.module.named_parameters()}
+    if cv4ctrl.RANK == 0:
+        save_file({name: gradient.clone().contiguous() for name, gradient in found.items()}, file)
+
+
+def count_encoders(argv):
+    """Run a command line -> [calls of the VAE's encoder, calls of the text encoder] that it made."""
+    from diffusers import AutoencoderKL
+    from transformers import GlmModel
+
+    import cv4ctrl
+
+    calls, kept = [0, 0], (AutoencoderKL.encode, GlmModel.forward)
+
+    def counted(place, function):
+        def call(*args, **kwargs):
+            calls[place] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    AutoencoderKL.encode, GlmModel.forward = counted(0, kept[0]), counted(1, kept[1])
+    try:
+        cv4ctrl.main(argv)
+    finally:
+        AutoencoderKL.encode, GlmModel.forward = kept
+    return calls
+
+
+def die_while_encoding(argv, after):
+    """Run a command line and be killed in the VAE's call number `after`."""
+    import signal
+
+    from diffusers import AutoencoderKL
+
+    import cv4ctrl
+
+    calls, encode = [], AutoencoderKL.encode
+
+    def encode_or_die(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return encode(*args, **kwargs)
+
+    AutoencoderKL.encode, cv4ctrl.SHARD_ENTRIES = encode_or_die, 8
+    cv4ctrl.main(argv)
+
+
+def cost_of_a_step(argv):
+    """[seconds a step of the trainer, seconds of a bare forward + backward + AdamW], taken in turn, medians."""
+    import statistics
+
+    import torch
+
+    import cv4ctrl
+
+    c = cv4ctrl.resolve(cv4ctrl.parse(argv), 1)
+    device, base = cv4ctrl.start_ranks(), Path(c.pretrained_model_name_or_path)
+    encoded = cv4ctrl.encode(c, base, cv4ctrl.open_dataset(c), device)
+    model = cv4ctrl.load_transformer(base / "transformer", None, torch.float32, device)
+    frame = cv4ctrl.prepare(model, c.resolution, device, torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    batch = next(cv4ctrl.micro_batches(cv4ctrl.Stream(c, encoded, 0, 1), 0, 1, device))
+
+    def bare():
+        cv4ctrl.batch_loss(model, frame, batch, "none").backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    times, trained = [], []
+    for turn in range(3):
+        for _ in range(15):
+            clock = time.perf_counter()
+            bare()
+            times.append(time.perf_counter() - clock)
+        more = ["--output_dir", f"{c.output_dir}-{turn}", "--max_train_steps", "15"]
+        cv4ctrl.main([*argv, *more])
+        lines = [json.loads(line) for line in Path(f"{c.output_dir}-{turn}", "metrics.jsonl").read_text().splitlines()]
+        trained += [c.total_batch_size / line["samples_per_s"] for line in lines if "loss" in line][3:]
+    return [statistics.median(trained), statistics.median(times)]
+
+
+def main(jobs):
+    sys.path.insert(0, str(ROOT))
+    import cv4ctrl
+
+    leave, results = cv4ctrl.dist.destroy_process_group, []
+    cv4ctrl.dist.destroy_process_group = lambda: None  # the next job goes on with the same ranks
+    for job in jobs:
+        code = value = None
+        try:
+            if isinstance(job[1], list):
+                value = globals()[job[0]](*job[1])
+            else:
+                cv4ctrl.main(job)
+            code = 0
+        except SystemExit as ended:
+            code = ended.code
+        results.append((code, value))
+    if cv4ctrl.RANK == 0:
+        print("\nRESULTS " + json.dumps(results), flush=True)
+    if cv4ctrl.dist.is_initialized():
+        leave()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,193 @@
+"""Room 2: flags, ds_config.json and their contradictions; every mistake is one line and exit code 2, and nothing is written."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import cv4ctrl
+
+ROOT = Path(__file__).parents[1]
+EXAMPLE = """pretrained_model_name_or_path variant revision output_dir cache_dir seed resolution max_sequence_length
+train_batch_size num_train_epochs max_train_steps checkpointing_steps checkpoints_total_limit resume_from_checkpoint
+proportion_empty_prompts gradient_accumulation_steps gradient_checkpointing learning_rate scale_lr lr_scheduler lr_warmup_steps
+lr_num_cycles lr_power dataloader_num_workers adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm logging_dir
+allow_tf32 report_to mixed_precision dataset_name dataset_config_name image_column conditioning_image_column caption_column
+max_train_samples validation_prompt validation_image num_validation_images validation_steps tracker_project_name jsonl_for_train
+only_target_transformer_blocks guidance_scale upcast_before_saving weighting_scheme logit_mean logit_std mode_scale offload""".split()
+
+
+@pytest.fixture()
+def engine_file(tmp_path):
+    """Write a ds_config.json: the shipped one with changes."""
+
+    def write(**changes):
+        settings = json.loads((ROOT / "ds_config.json").read_text()) | changes
+        path = tmp_path / "ds.json"
+        path.write_text(json.dumps({name: value for name, value in settings.items() if value is not None}))
+        return path
+
+    return write
+
+
+def test_flags_of_the_example_are_flags_here():
+    assert set(EXAMPLE) <= set(cv4ctrl.Config.__dataclass_fields__)
+
+
+def test_dash_and_underscore_are_the_same_and_booleans_can_be_switched_off():
+    a = cv4ctrl.parse(["--train-batch-size", "2", "--no-gradient-checkpointing", "--learning-rate=1e-3", "--output_dir", "a"])
+    b = cv4ctrl.parse(["--train_batch_size=2", "--no_gradient_checkpointing", "--learning_rate", "1e-3", "--output_dir=a"])
+    assert (a.train_batch_size, a.gradient_checkpointing, a.learning_rate) == (2, False, 1e-3)
+    assert cv4ctrl.dataclasses.replace(a, output_dir=b.output_dir) == b
+    assert cv4ctrl.parse(["--local_rank=3"]) == cv4ctrl.parse([]) == cv4ctrl.Config()
+
+
+def test_defaults_are_the_recipe_of_the_original_document():
+    c = cv4ctrl.Config()
+    assert (c.learning_rate, c.adam_weight_decay, c.lr_scheduler, c.lr_warmup_steps, c.seed) == (5e-5, 1e-4, "cosine", 1000, 0)
+    assert (c.train_batch_size, c.mixed_precision, c.resolution, c.gradient_checkpointing) == (8, "bf16", 1024, True)
+    assert cv4ctrl.resolve(cv4ctrl.dataclasses.replace(c, total_batch_size=128), 8).gradient_accumulation_steps == 2
+
+
+def test_scale_lr_multiplies_by_the_samples_a_step():
+    c = cv4ctrl.resolve(cv4ctrl.parse(["--scale_lr", "--learning_rate=1e-5", "--train_batch_size=4", "--gradient_accumulation_steps=2"]), 3)
+    assert c.learning_rate == pytest.approx(24e-5) and c.total_batch_size == 24
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--no_such_flag"], ["no_such_flag"]),
+    (["--lr_scheduler", "zigzag"], ["lr_scheduler", "zigzag", "cosine"]),
+    (["--train_batch_size", "many"], ["train_batch_size", "many"]),
+    (["--train_batch_size", "0"], ["train_batch_size", "at least 1"]),
+    (["--learning_rate", "nan"], ["learning_rate", "finite"]),
+    (["--learning_rate", "-1"], ["learning_rate"]),
+    (["--resolution", "1000"], ["resolution", "multiple of 16"]),
+    (["--proportion_empty_prompts", "1.5"], ["proportion_empty_prompts", "0 .. 1"]),
+    (["--mixed_precision", "fp16"], ["fp16", "bf16", "fp32"]),
+    (["--mixed_precision", "fp8"], ["fp8", "bf16", "fp32"]),
+    (["--use_8bit_adam"], ["use_8bit_adam", "offload_optimizer"]),
+    (["--hub_token", "secret"], ["hub_token", "HF_TOKEN"]),
+    (["--hub-token=secret"], ["HF_TOKEN"]),
+    (["--total_batch_size", "6"], ["total_batch_size 6", "train_batch_size 4"]),
+    (["--total_batch_size", "8", "--gradient_accumulation_steps", "4"], ["total_batch_size 8", "gradient_accumulation_steps is 4"]),
+    (["--train_batch_size", "64"], ["44 rows", "64"]),
+    (["--deepspeed_config", "/nowhere/ds.json"], ["/nowhere/ds.json", "No such file"]),
+    (["--dataset_name", "/nowhere/data"], ["/nowhere/data", "No such file"]),
+    (["--jsonl_for_train", "/nowhere/train.jsonl", "--dataset_name", cv4ctrl.Config.dataset_name], ["/nowhere/train.jsonl"]),
+    (["--jsonl_for_train", "x.jsonl"], ["--dataset_name", "--jsonl_for_train", "one of them"]),
+    (["--image_column", "photo"], ["image_column photo", "conditioning_image, text"]),
+    (["--caption_column", "prompt"], ["caption_column prompt"]),
+    (["--conditioning_image_column", "pose"], ["conditioning_image_column pose"]),
+    (["--validation_image", "/nowhere.png", "--validation_prompt", "a"], ["/nowhere.png"]),
+    (["--validation_image", str(ROOT / "README.md"), "--validation_prompt", "a"], ["README.md", "image"]),
+    (["--validation_prompt", "a"], ["validation_image", "both"]),
+    (["--validation_image", "a", "b", "c", "--validation_prompt", "a", "b"], ["3", "2"]),
+    (["--pretrained_model_name_or_path", "/nowhere/base"], ["/nowhere/base"]),
+    (["--output_dir", "/dev/null/out"], ["/dev/null"]),
+    (["--encoded_dir", "/dev/null/out"], ["/dev/null"]),
+    (["--resume_from_checkpoint", "/nowhere"], ["/nowhere", "no such folder"]),
+])  # fmt: skip
+def test_bad_input_is_refused_in_one_line_and_nothing_is_written(argv, words, flags, refused, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(cv4ctrl, "load_transformer", lambda *_: pytest.fail("weights were loaded"))
+    line = refused([*flags(tmp_path / "out", encoded_dir=None), *argv])
+    assert all(word in line for word in words), line
+    assert "secret" not in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_trackers_that_are_not_installed(flags, refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(cv4ctrl.importlib.util, "find_spec", lambda name: None)
+    assert "pip install tensorboard" in refused([*flags(tmp_path / "out"), "--report_to", "tensorboard"])
+    assert "pip install wandb" in refused([*flags(tmp_path / "out"), "--report_to", "wandb"])
+
+
+@pytest.mark.parametrize("changes", [
+    {"fp16": {"enabled": True}}, {"fp16": {"enabled": "auto"}}, {"amp": {"enabled": True}}, {"fp8": {"enabled": True}},
+    {"communication_data_type": "fp16"}, {"data_types": {"grad_accum_dtype": "fp16"}},
+    {"torch_autocast": {"enabled": True, "dtype": "float16"}}, {"torch_autocast": {"enabled": True, "dtype": "torch.float16"}},
+])  # fmt: skip
+@pytest.mark.parametrize("flag", [[], ["--mixed_precision", "fp16"]])
+def test_half_precision_in_the_file_is_refused(changes, flag, flags, refused, engine_file, tmp_path):
+    line = refused([*flags(tmp_path / "out"), "--deepspeed_config", engine_file(**changes), *flag])
+    assert "bf16" in line and "fp32" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_fp16_switched_off_in_the_file_is_no_offence(config, engine_file):
+    cv4ctrl.engine_settings(config(deepspeed_config=engine_file(fp16={"enabled": False}, amp={"enabled": False})))
+
+
+def test_half_precision_is_refused_before_anything_heavy_is_imported(tmp_path):
+    code = ("import sys, cv4ctrl\ntry: cv4ctrl.main(['--mixed_precision', 'fp16'])\n"
+            "except SystemExit as e: print(e.code, [m for m in ('deepspeed', 'diffusers', 'transformers', 'datasets') if m in sys.modules])")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.stdout.strip() == "2 []" and len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"train_micro_batch_size_per_gpu": 3}, ["train_micro_batch_size_per_gpu = 3", "--train_batch_size", "4"]),
+    ({"train_batch_size": 5}, ["train_batch_size = 5", "--total_batch_size"]),
+    ({"gradient_accumulation_steps": 2}, ["gradient_accumulation_steps = 2", "--gradient_accumulation_steps"]),
+    ({"gradient_clipping": 0.5}, ["gradient_clipping = 0.5", "--max_grad_norm", "1.0"]),
+    ({"bf16": {"enabled": True}}, ["bf16.enabled = true", "--mixed_precision", "false"]),
+    ({"optimizer": {"type": "AdamW", "params": {"lr": 0.1}}}, ["optimizer.params.lr = 0.1", "--learning_rate"]),
+    ({"optimizer": {"type": "AdamW", "params": {"betas": [0.5, 0.5]}}}, ["optimizer.params.betas", "--adam_beta1"]),
+    ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "--lr_scheduler"]),
+    ({"zero_optimization": {"stage": "auto"}}, ["zero_optimization.stage", "auto"]),
+])  # fmt: skip
+def test_file_and_flag_that_contradict_are_both_named(changes, words, flags, refused, engine_file, tmp_path):
+    line = refused([*flags(tmp_path / "out"), "--deepspeed_config", engine_file(**changes)])
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", ""])
+def test_a_file_that_is_not_json(text, flags, refused, tmp_path):
+    (tmp_path / "ds.json").write_text(text)
+    assert "JSON" in refused([*flags(tmp_path / "out"), "--deepspeed_config", tmp_path / "ds.json"])
+
+
+def test_auto_becomes_what_the_flags_say(config, engine_file):
+    optimizer = {"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}}
+    c = config(world=2, deepspeed_config=engine_file(optimizer=optimizer), total_batch_size=16, mixed_precision="bf16")
+    settings = cv4ctrl.engine_settings(c)
+    assert (settings["train_batch_size"], settings["gradient_accumulation_steps"]) == (16, 2)
+    assert settings["optimizer"]["params"] == {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 1e-4}
+    assert settings["bf16"]["enabled"] is True and settings["zero_optimization"]["stage"] == 2
+    assert not [key for key, value in cv4ctrl.walk(settings) if value == "auto"]
+
+
+def test_an_empty_data_set_and_a_base_without_parts(flags, refused, base, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "empty.jsonl" in refused(flags(tmp_path / "out", dataset_name=None, jsonl_for_train=tmp_path / "empty.jsonl"))
+    (tmp_path / "broken.jsonl").write_text('{"image": 1}\nnot json\n')
+    assert "broken.jsonl" in refused(flags(tmp_path / "out", dataset_name=None, jsonl_for_train=tmp_path / "broken.jsonl"))
+    (tmp_path / "part" / "scheduler").mkdir(parents=True)
+    scheduler = json.loads((base / "scheduler/scheduler_config.json").read_text())
+    (tmp_path / "part/scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
+    assert "text_encoder" in refused(flags(tmp_path / "out", pretrained_model_name_or_path=tmp_path / "part"))
+    other = tmp_path / "other"
+    cv4ctrl.shutil.copytree(base, other)
+    (other / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler | {"max_shift": 1.15}))
+    assert "max_shift" in refused(flags(tmp_path / "out", pretrained_model_name_or_path=other))
+    for file in (other / "vae").glob("*.safetensors"):
+        file.unlink()
+    (other / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
+    assert "no safetensors" in refused(flags(tmp_path / "out", pretrained_model_name_or_path=other))
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path, capsys):
+    cv4ctrl.main([*flags(tmp_path / "out", encoded_dir=None, max_train_steps=None, num_train_epochs=3), "--dry_run"])
+    said = capsys.readouterr().out
+    assert "48 rows, 4 held out" in said and "33 steps" in said  # 3 x 44 rows / 4 samples a step
+    assert not list(tmp_path.iterdir())
+
+
+def test_digest_keeps_parts_apart():
+    assert len({cv4ctrl.digest("ab", "c"), cv4ctrl.digest("a", "bc"), cv4ctrl.digest("abc"), cv4ctrl.digest(b"abc", "")}) == 4
+    assert torch.equal(*(torch.rand(3, generator=cv4ctrl.draw(0, "x", 1)) for _ in range(2)))

@@ -1,0 +1,73 @@
+"""Room 8: our sampler draws what CogView4ControlPipeline draws."""
+
+import pytest
+import torch
+from diffusers import CogView4ControlPipeline
+from PIL import Image
+
+import cv4ctrl
+
+
+@pytest.fixture(scope="module")
+def model(base):
+    """Widened model whose control columns are not zero."""
+    model = cv4ctrl.load_transformer(base / "transformer", None, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        model.patch_embed.proj.weight[:, 64:].normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    return model
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.5])
+@pytest.mark.parametrize("side", [64, 96])
+def test_sampler_equals_the_pipeline(base, model, guidance, side):
+    pipe = CogView4ControlPipeline.from_pretrained(base, transformer=model, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    control_image, prompt = Image.effect_noise((side, side), 60).convert("RGB"), "a red circle on pale green, seen from above"
+    noise = torch.randn(1, 16, side // 8, side // 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        pixels = pipe.image_processor.preprocess(control_image, side, side)
+        posterior = pipe.vae.encode(pixels).latent_dist
+        texts = [pipe.encode_prompt(text, do_classifier_free_guidance=False)[0] for text in (prompt, "")]
+    frame = cv4ctrl.prepare(model, side, torch.device("cpu"), torch.float32)
+    torch.manual_seed(5)  # the pipeline draws the control from its posterior with the global generator
+    control = posterior.sample()
+    torch.manual_seed(5)
+    theirs = pipe(
+        prompt, control_image=control_image, height=side, width=side, num_inference_steps=7, guidance_scale=guidance,
+        latents=noise.clone(), output_type="latent",
+    ).images  # fmt: skip
+    ours = cv4ctrl.euler_sample(model, frame, noise, control, *texts, 7, guidance)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    swapped = cv4ctrl.euler_sample(model, frame, noise, -control, *texts, 7, guidance)
+    assert (swapped - theirs).abs().max() > 1e-2  # the control reaches the picture
+
+
+def test_decoded_pictures_are_the_pipelines(base):
+    vae = cv4ctrl.load_vae(base)
+    pipe = CogView4ControlPipeline.from_pretrained(base, transformer=None, text_encoder=None, vae=vae, tokenizer=None)
+    latents = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    ours = cv4ctrl.decode(base, latents, 1.0, torch.device("cpu"))
+    with torch.no_grad():
+        theirs = pipe.image_processor.postprocess(pipe.vae.decode(latents.bfloat16()).sample, "np")
+    for image, expected in zip(ours, theirs):
+        pixels = torch.tensor(list(image.tobytes())).view(64, 64, 3) / 255
+        assert (pixels - torch.from_numpy(expected)).abs().max() < 0.05
+
+
+def test_pictures_of_a_run(encoded, config, base, model, tmp_path):
+    c = config(tmp_path, num_validation_images=2, num_inference_steps=2)
+    frame = cv4ctrl.prepare(model, 64, torch.device("cpu"), torch.float32)
+    for step in (0, 5):
+        cv4ctrl.validate(model, frame, c, encoded, base, step)
+    first, second = (Image.open(tmp_path / "validation" / f"step-{step}.png") for step in (0, 5))
+    assert first.size == (4 * 160, 16 + 4 * (160 + 16))  # control, two generated, target; four cases
+    assert first.tobytes() == second.tobytes()  # same noise at every step: what changes is the model
+    column = [first.crop((160 * i, 32, 160 * (i + 1), 192)).tobytes() for i in range(4)]
+    assert len(set(column)) == 4
+    assert [f.name for f in (tmp_path / "validation").iterdir() if f.suffix != ".png"] == []
+
+
+def test_grid_without_target_column():
+    cell = Image.new("RGB", (64, 64), "red")
+    grid = cv4ctrl.picture_grid([("one\nline", [cell, cell])] * 3, ["control", "generated", "target"])
+    assert grid.size == (320, 16 + 3 * 176) and grid.getpixel((80, 100)) == (255, 0, 0)
