@@ -30,7 +30,7 @@ def data(folder):
 
 @pytest.fixture(scope="session")
 def flags(folder, base, data):
-    """Flags of a small run on the shared base, data and cache; options replace or add some."""
+    """Flags of a small run on the shared base, data and cache; options replace or add some, None takes one away."""
 
     def make(output_dir, **options):
         defaults = dict(
@@ -38,10 +38,14 @@ def flags(folder, base, data):
             resolution=64, train_batch_size=4, mixed_precision="no", lr_scheduler="constant", learning_rate=1e-3,
             dataloader_num_workers=0, num_validation_images=0, max_train_steps=2,
         )  # fmt: skip
-        values = {name: value for name, value in (defaults | options).items() if value is not None}
-        return [word for name, value in values.items() for word in (f"--{name}", *(value if isinstance(value, list) else [value]))]
+        words = []
+        for name, value in (defaults | options).items():
+            if value is not None:
+                values = value if isinstance(value, list) else [] if value is True else [value]
+                words += [f"--{name}", *map(str, values)]
+        return words
 
-    return lambda *args, **options: [str(word) for word in make(*args, **options) if word is not True]
+    return make
 
 
 @pytest.fixture(scope="session")

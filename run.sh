@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# bash run.sh demo [flags]         train a tiny base on a tiny data set under demo/, on whatever is there
+# bash run.sh test [pytest flags]  run the tests
+# bash run.sh [flags]              the recipe: CogView4-6B, all GPUs, 8 samples a card, 128 a step; any flag is passed on
+#
+# NUM_GPUS limits the GPUs (of each machine); a file named hostfile here, or the one that HOSTFILE names, lists several
+# machines as DeepSpeed expects it. Packages come from the active Python if it has them, else from .venv, made when missing.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+
+has_packages() { # the Python $1 satisfies requirements.txt
+  [ -x "$(command -v "$1")" ] && "$1" - "$here/requirements.txt" >/dev/null 2>&1 <<'PY'
+import sys
+from importlib.metadata import version
+from packaging.requirements import Requirement
+for line in open(sys.argv[1]):
+    wanted = Requirement(line.split("#")[0].strip())
+    assert wanted.specifier.contains(version(wanted.name), prereleases=True), line
+PY
+}
+
+prepare() { # sets $python
+  for python in python python3 "$here/.venv/bin/python"; do
+    has_packages "$python" && break
+    python=
+  done
+  if [ -z "$python" ]; then
+    local newest
+    for newest in python3.13 python3.12 python3.11 python3 python; do
+      "$newest" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
+      newest=
+    done
+    [ -n "$newest" ] || { echo "run.sh: no Python 3.11 or newer found" >&2; exit 2; }
+    echo "run.sh: installing the packages into .venv (6 GB, once)"
+    [ -x "$here/.venv/bin/pip" ] || "$newest" -m venv --clear "$here/.venv"
+    python=$here/.venv/bin/python
+    "$python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt"
+  fi
+  python=$("$python" -c 'import sys; print(sys.executable)')
+  export PATH="$(dirname "$python"):$PATH" # ninja, which DeepSpeed calls by name, is there
+}
+
+case ${1-} in
+demo)
+  shift
+  prepare
+  "$python" "$here/tests/tiny.py" "$here/demo"
+  rm -rf "$here/demo/run" # training starts anew; base and encoded data are kept
+  exec "$python" -m deepspeed.launcher.runner --num_gpus="${NUM_GPUS:-1}" "$here/cv4ctrl.py" \
+    --pretrained_model_name_or_path "$here/demo/base" --dataset_name "$here/demo/data" --encoded_dir "$here/demo/encoded" \
+    --output_dir "$here/demo/run" --resolution 64 --train_batch_size 16 --max_train_steps 100 --learning_rate 1e-3 \
+    --lr_warmup_steps 10 --checkpointing_steps 50 --validation_steps 50 --num_inference_steps 20 \
+    --dataloader_num_workers 1 "$@"
+  ;;
+test)
+  shift
+  prepare
+  exec "$python" -m pytest "$here/tests" -q "$@"
+  ;;
+esac
+
+hostfile=${HOSTFILE:-$here/hostfile}
+if [ ! -e "$hostfile" ] && [ -z "${NUM_GPUS-}" ] && ! nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
+  echo "run.sh: no GPU here; the recipe needs one of 80 GB at least. On this machine try: bash run.sh demo" >&2
+  exit 2
+fi
+prepare
+launch=(${NUM_GPUS:+--num_gpus="$NUM_GPUS"})
+[ -e "$hostfile" ] && launch+=(--hostfile "$hostfile")
+exec "$python" -m deepspeed.launcher.runner "${launch[@]}" "$here/cv4ctrl.py" \
+  --train_batch_size 8 --total_batch_size 128 --max_train_steps 50000 "$@"

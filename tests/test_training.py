@@ -1,0 +1,290 @@
+"""Rooms 9 to 11: real engines in fresh processes. Each launch serves several tests."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import CogView4Transformer2DModel
+from PIL import Image
+from safetensors.torch import load_file
+
+import cv4ctrl
+from ranks import launch
+
+ROOT = Path(__file__).parents[1]
+EPSILON = 1e-3  # Adam divides rounding noise by its own size: with this, weights differ no more than gradients do
+
+
+def weights(folder):
+    return load_file(next(Path(folder).glob("*.safetensors")))
+
+
+def same(a, b, tolerance=None):
+    """Bitwise, or to within a tolerance relative to the largest weight of each tensor."""
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[n], b[n]) if tolerance is None else (a[n] - b[n]).abs().max() <= tolerance * b[n].abs().max() for n in a)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory, encoded):  # after the shared cache is filled
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def zero(out):
+    """ds_config.json with another ZeRO stage."""
+
+    def write(stage):
+        settings = json.loads((ROOT / "ds_config.json").read_text())
+        settings["zero_optimization"]["stage"] = stage
+        (out / f"zero{stage}.json").write_text(json.dumps(settings))
+        return out / f"zero{stage}.json"
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def alone(out, flags):
+    """One rank: 6 steps at once; 3 steps, the rest later; encoders counted; a mid-epoch position and loader workers."""
+    common = dict(checkpointing_steps=3, proportion_empty_prompts=0.2, dataloader_num_workers=2, adam_epsilon=EPSILON)
+    return launch(
+        1,
+        flags(out / "six", **common, max_train_steps=6, checkpoints_total_limit=0),
+        flags(out / "three", **common, max_train_steps=3),
+        ("count_encoders", [flags(out / "counted", max_train_steps=4)]),
+        flags(out / "pictures", max_train_steps=2, num_validation_images=1, num_inference_steps=2, validation_steps=1, report_to="csv"),
+        flags(out / "blocks", only_target_transformer_blocks=True, max_train_steps=2, mixed_precision="bf16"),
+    )
+
+
+@pytest.fixture(scope="module")
+def resumed(out, flags, alone):
+    """The second half in a fresh process, on a copy of `three` whose log and leftovers look like those of a killed run."""
+    shutil.copytree(out / "three", out / "resumed")
+    with open(out / "resumed" / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 4, "loss": 0.0}) + "\n" + '{"step": 5, "lo')
+    (out / "resumed" / ".checkpoint-6.tmp").mkdir()
+    (out / "resumed" / ".checkpoint-6.tmp" / "junk").write_text("left by a kill")
+    common = dict(checkpointing_steps=3, proportion_empty_prompts=0.2, dataloader_num_workers=2, adam_epsilon=EPSILON)
+    argv = flags(out / "resumed", **common, max_train_steps=6)
+    return launch(1, argv, argv)
+
+
+@pytest.fixture(scope="module")
+def pair(out, flags, zero, alone):
+    """Two ranks: the same samples as one rank; gradients; all ZeRO stages in bf16."""
+    common = dict(checkpointing_steps=3, proportion_empty_prompts=0.2, train_batch_size=2, dataloader_num_workers=1, adam_epsilon=EPSILON)
+    accumulated = flags(out / "gradients", train_batch_size=2, gradient_accumulation_steps=2, proportion_empty_prompts=0.2)
+    stages = [
+        flags(out / f"stage{stage}", deepspeed_config=zero(stage), mixed_precision="bf16", train_batch_size=2, num_validation_images=1,
+              num_inference_steps=2, validation_steps=2)
+        for stage in (0, 1, 2, 3)
+    ]  # fmt: skip
+    return launch(2, flags(out / "two", **common, max_train_steps=6), ("gradients", [accumulated, str(out / "gradients.safetensors")]), *stages)
+
+
+def test_run_leaves_what_the_readme_says(alone, out):
+    assert all(code == 0 for code, _ in alone)
+    run = out / "six"
+    assert {f.name for f in run.iterdir()} == {
+        "run.json", "metrics.jsonl", "checkpoint-3", "checkpoint-6", "config.json", "diffusion_pytorch_model.safetensors"}  # fmt: skip
+    assert {f.name for f in (run / "checkpoint-6").iterdir()} == {"transformer", "state", "manifest.json"}
+    manifest = json.loads((run / "checkpoint-6" / "manifest.json").read_text())
+    assert manifest["step"] == 6 and manifest["samples"] == 24 and manifest["stream"]["seed"] == 0
+    listed = {str(f.relative_to(run / "checkpoint-6")) for f in (run / "checkpoint-6").rglob("*") if f.is_file()} - {"manifest.json"}
+    assert set(manifest["files"]) == listed
+    rows = metrics(run)
+    assert [row["step"] for row in rows] == list(range(1, 7)) and [row["samples"] for row in rows] == list(range(4, 25, 4))
+    assert rows[0].keys() == {"step", "samples", "loss", "lr", "grad_norm", "samples_per_s"} and rows[0]["grad_norm"] > 0
+    about = json.loads((run / "run.json").read_text())
+    assert about["config"]["seed"] == 0 and about["deepspeed"]["train_batch_size"] == 4 and about["versions"]["deepspeed"]
+    final, last = run / "diffusion_pytorch_model.safetensors", run / "checkpoint-6" / "transformer"
+    assert final.samefile(last / "diffusion_pytorch_model.safetensors")  # a hard link
+
+
+def test_exported_weights_load_and_differ_from_the_base(alone, out, base):
+    model = CogView4Transformer2DModel.from_pretrained(out / "six" / "checkpoint-6" / "transformer")
+    assert (model.config.in_channels, model.config.out_channels) == (32, 16)
+    assert model.patch_embed.proj.weight[:, 64:].abs().max() > 0
+    final = CogView4Transformer2DModel.from_pretrained(out / "six")
+    assert same(dict(final.named_parameters()), dict(model.named_parameters()))
+    assert not same(weights(out / "six"), weights(out / "three"))
+
+
+def test_six_steps_equal_three_and_three_bitwise(alone, resumed, out):
+    assert [code for code, _ in resumed] == [0, 0]  # the second time there was nothing left to do
+    assert same(weights(out / "six"), weights(out / "resumed"))
+    drop = ("samples_per_s",)
+    a, b = ([{n: v for n, v in row.items() if n not in drop} for row in metrics(out / run)] for run in ("six", "resumed"))
+    assert a == b
+    assert not (out / "resumed" / ".checkpoint-6.tmp").exists()
+    state = [torch.load(out / run / "checkpoint-6/state/engine/zero_pp_rank_0_mp_rank_00_optim_states.pt", weights_only=False) for run in ("six", "resumed")]
+    masters = [s["optimizer_state_dict"]["single_partition_of_fp32_groups"][0] for s in state]
+    assert torch.equal(*masters)
+
+
+def test_one_rank_and_two_end_in_the_same_weights(alone, pair, out):
+    assert same(weights(out / "six"), weights(out / "two"), 1e-5)
+    losses = [[row["loss"] for row in metrics(out / run)] for run in ("six", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_gradients_of_the_engine_equal_plain_autograd(pair, out, config, encoded, base):
+    """ZeRO-2, 2 ranks, accumulation 2, gradient checkpointing, against one process, one batch, no recomputation."""
+    c = config(train_batch_size=8, proportion_empty_prompts=0.2)
+    model = cv4ctrl.load_transformer(base / "transformer", None, torch.float32, torch.device("cpu"))
+    frame = cv4ctrl.prepare(model, 64, torch.device("cpu"), torch.float32)
+    cv4ctrl.batch_loss(model, frame, cv4ctrl.Stream(c, encoded, 0, 1)[0], "none").backward()
+    ours = load_file(out / "gradients.safetensors")
+    for name, parameter in model.named_parameters():
+        error = (ours[name] - parameter.grad).norm() / parameter.grad.norm().clamp(min=1e-30)
+        assert error < 1e-5, (name, error)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_zero_stage_trains_and_exports(pair, stage, out, base):
+    run = out / f"stage{stage}"
+    assert all(code == 0 for code, _ in pair)
+    model = CogView4Transformer2DModel.from_pretrained(run, torch_dtype=torch.bfloat16)
+    before = cv4ctrl.load_transformer(base / "transformer", None, torch.bfloat16, torch.device("cpu"))
+    moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters())]
+    assert sum(moved) > 0.9 * len(moved)
+    losses = [[row["loss"] for row in metrics(out / f"stage{s}")] for s in (2, stage)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    assert sorted(f.name for f in (run / "validation").iterdir()) == ["step-0.png", "step-2.png"]
+
+
+def test_no_step_runs_an_encoder(alone):
+    assert alone[2] == [0, [0, 0]]  # everything was in the cache; four steps called neither VAE nor text encoder
+
+
+def test_pictures_and_tracker(alone, out):
+    run = out / "pictures"
+    assert sorted(f.name for f in (run / "validation").iterdir()) == ["step-0.png", "step-1.png", "step-2.png"]
+    assert Image.open(run / "validation" / "step-2.png").width == 3 * 160
+    logged = (run / "logs" / "cogview4_train_control" / "train_loss.csv").read_text().splitlines()
+    assert len(logged) == 3 and logged[1].split(",")[0] == "1"
+
+
+def test_frozen_weights_stay(alone, out, base):
+    trained, before = weights(out / "blocks"), weights(base / "transformer")
+    moved = {name for name in before if name != "patch_embed.proj.weight" and not torch.equal(trained[name], before[name])}
+    assert moved and all(name.startswith(("transformer_blocks.", "patch_embed.proj.")) for name in moved)
+    assert trained["patch_embed.proj.weight"][:, 64:].any()
+
+
+def test_old_checkpoints_go(alone, resumed, out):
+    assert [c.name for c in cv4ctrl.checkpoints(out / "six")] == ["checkpoint-3", "checkpoint-6"]
+    assert cv4ctrl.checkpoints(out / "nothing") == []
+
+
+@pytest.fixture()
+def copy(alone, out, tmp_path):
+    """A run with two checkpoints to damage."""
+    shutil.copytree(out / "six", tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.mark.parametrize("changes, name", [
+    (dict(seed=1), "seed = 0"), (dict(total_batch_size=8), "total_batch_size = 4"), (dict(resolution=96), "resolution = 64"),
+    (dict(max_train_samples=40), "rows = 44"), (dict(proportion_empty_prompts=0.5), "proportion_empty_prompts = 0.2"),
+    (dict(weighting_scheme="mode"), "weighting_scheme = none"), (dict(probe_samples=2), "rows = 44"),
+])  # fmt: skip
+def test_another_sample_stream_is_refused_by_name(changes, name, copy, flags, refused, tmp_path):
+    argv = dict(checkpointing_steps=3, proportion_empty_prompts=0.2, max_train_steps=9) | changes
+    before = sorted(copy.rglob("*"))
+    line = refused(flags(copy, **argv), progress=True)
+    assert name in line and "checkpoint-6" in line, line
+    assert sorted(copy.rglob("*")) == before
+
+
+def test_changed_captions_are_another_stream(copy, flags, refused, tmp_path):
+    import tiny
+
+    rows = tiny.make_rows(48)
+    data = tiny.write_parquet(tmp_path / "data", [(*rows[0][:2], "changed"), *rows[1:]])
+    assert "content of the rows" in refused(flags(copy, dataset_name=data, proportion_empty_prompts=0.2, max_train_steps=9), progress=True)
+
+
+def test_the_newest_whole_checkpoint_is_found(copy, config, device):
+    find = lambda **options: cv4ctrl.find_checkpoint(config(copy, **options))  # noqa: E731
+    assert find()[0].name == "checkpoint-6"
+    assert find(resume_from_checkpoint="checkpoint-3")[1]["step"] == 3
+    assert find(resume_from_checkpoint=copy / "checkpoint-3")[1]["step"] == 3
+    state = next((copy / "checkpoint-6" / "state" / "engine").iterdir())
+    content = bytearray(state.read_bytes())
+    content[1000] ^= 1
+    state.write_bytes(content)
+    assert find()[0].name == "checkpoint-3"
+    (copy / "checkpoint-3" / "manifest.json").write_text("")
+    with pytest.raises(cv4ctrl.Refusal, match="not whole"):
+        find()
+
+
+def test_starting_anew_over_checkpoints_is_refused(copy, flags, refused):
+    line = refused(flags(copy, resume_from_checkpoint="none"))
+    assert "--resume_from_checkpoint none" in line and "output_dir" in line
+
+
+def test_an_exported_checkpoint_is_a_base(copy, flags, config, base):
+    c = config(pretrained_model_name_or_path=copy / "checkpoint-6")
+    folder, transformer = cv4ctrl.find_base(c, c.pretrained_model_name_or_path)
+    assert folder == base and transformer == copy / "checkpoint-6" / "transformer"
+    cv4ctrl.check_base(c, folder, transformer)
+    model = cv4ctrl.load_transformer(transformer, None, torch.float32, torch.device("cpu"))
+    assert same(dict(model.named_parameters()), weights(transformer)) and model.config.in_channels == 32
+
+
+@pytest.mark.parametrize("name", cv4ctrl.Config.__dataclass_fields__["lr_scheduler"].metadata["choices"])
+def test_learning_rate_is_that_of_the_examples_schedules(name, config):
+    from diffusers.optimization import get_scheduler
+
+    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=1e-3)
+    theirs = get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=12, num_cycles=2, power=2.0)
+    ours = cv4ctrl.schedule(config(lr_scheduler=name, lr_warmup_steps=3, lr_num_cycles=2, lr_power=2.0), 12)
+    for step in range(12):
+        assert ours(step) == pytest.approx(theirs.get_last_lr()[0], rel=1e-9, abs=1e-12)
+        optimizer.step()
+        theirs.step()
+
+
+def test_a_step_costs_little_more_than_the_bare_mathematics(out, flags, tmp_path):
+    """16 x 112 tokens for 2.1 M parameters. ZeRO copies each gradient a few times, whatever the batch: with few tokens a
+    parameter that shows (1.3 at batch 4), with the 33,000 tokens of a real micro-batch it does not."""
+    import tiny
+
+    wide = tiny.make_base(tmp_path / "wide", layers=4, heads=6, head_dim=32)
+    argv = flags(tmp_path / "cost", no_gradient_checkpointing=True, pretrained_model_name_or_path=wide, resolution=128,
+                 encoded_dir=tmp_path / "cache", dataloader_num_workers=1, max_train_steps=30, train_batch_size=16, max_train_samples=24)  # fmt: skip
+    [(_, (trained, bare))] = launch(1, ("cost_of_a_step", [argv]))
+    print(f"a step costs {trained / bare:.3f} of the bare one")
+    assert trained <= 1.25 * bare, (trained, bare)
+
+
+def test_torchrun_and_the_recipes_flags(out, flags):
+    """torchrun, 2 ranks, with the flags of the original document as far as two CPU cores allow."""
+    argv = flags(out / "torchrun", train_batch_size=1, lr_scheduler="cosine", lr_warmup_steps=1000, mixed_precision="bf16",
+                 gradient_checkpointing=True, proportion_empty_prompts=0, max_train_steps=1, seed=0, offload=True)  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "cv4ctrl.py"), *argv]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks" in done.stdout and "done: weights in" in done.stdout and (out / "torchrun" / "checkpoint-1").is_dir()
+
+
+def test_deepspeed_launcher_passes_the_refusal_on(out, flags):
+    """Two ranks that both refuse: exit code 2 and one line of ours, whoever is first."""
+    deepspeed = Path(sys.executable).parent / "deepspeed"
+    argv = flags(out / "refused", train_batch_size=64)
+    done = subprocess.run([deepspeed, "--num_gpus=2", ROOT / "cv4ctrl.py", *argv], capture_output=True, text=True, timeout=300)
+    ours = [line for line in (done.stderr + done.stdout).splitlines() if line.startswith("cv4ctrl.py:")]
+    assert done.returncode == 2 and len(ours) == 1 and "128" in ours[0], done.stderr
+    assert not (out / "refused").exists() and "Traceback" not in done.stderr
