@@ -54,10 +54,18 @@ PIXELS_PER_LATENT, PIXELS_PER_TOKEN = 8, 16  # the VAE reduces 8 x, the transfor
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the additive recurrence of lowest discrepancy in one dimension
 CACHE_FORMAT = "1"  # part of every cache key: raise it when what is stored under a key changes
 SHARD_ENTRIES = 64  # cache entries a file, 64 MB of moments at 1024 px: so much is lost at most by an interruption
+PROBE_TIMESTEPS = range(100, 901, 100)  # the quantiles 0.1 .. 0.9 of uniform t; sigma is shifted from them
+SHEET_ROWS = 12  # of --log_dataset_samples
 VALIDATION_CASES = 4  # held-out rows that are drawn where no --validation_image is given
 PATIENCE = datetime.timedelta(hours=2)  # how long a rank waits for the others: uneven encoding, downloads, saving
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by every launcher
 HALF = ("fp16", "float16", "half", "fp8", "float8", "amp")  # what ds_config.json must not ask for
+DETECTORS = {  # classes of controlnet_aux that need its core packages only; all but canny load weights
+    "canny": "CannyDetector", "hed": "HEDdetector", "leres": "LeresDetector", "lineart": "LineartDetector",
+    "lineart_anime": "LineartAnimeDetector", "midas": "MidasDetector", "mlsd": "MLSDdetector",
+    "normalbae": "NormalBaeDetector", "openpose": "OpenposeDetector", "pidinet": "PidiNetDetector", "zoe": "ZoeDetector",
+}  # fmt: skip
+DETECTOR_WEIGHTS = "lllyasviel/Annotators"
 NOT_HERE = {
     "use_8bit_adam": "ZeRO-2 shards the optimizer over the GPUs; on one card set offload_optimizer in ds_config.json",
     "hub_token": "log in with `hf auth login` or set HF_TOKEN: everybody can read a token in a command line",
@@ -101,8 +109,9 @@ class Config:
     image_column: str = flag("image", "column of the target image")
     conditioning_image_column: str = flag("conditioning_image", "column of the control image")
     caption_column: str = flag("text", "column of the caption; of a list of captions the longest is taken")
+    log_dataset_samples: bool = flag(False, "write dataset_samples.png: what the model is fed, decoded from the cache")
     skip_bad_rows: bool = flag(False, "leave out rows that cannot be read, and count them; otherwise they are an error")
-    control: str = flag("column", "the control is a column, or is made from the target", choices=("column", "canny"))
+    control: str = flag("column", "the control is a column, or controlnet_aux makes it from the target", choices=("column", *DETECTORS))
     resolution: int = flag(1024, "pixels, a multiple of 16; images are resized to this square, not cropped", least=16)
     max_sequence_length: int = flag(1024, "tokens after which a caption is cut", least=16)
     encoded_dir: str | None = flag(None, "cache of encoded data, may be shared; without it OUTPUT_DIR/encoded")
@@ -140,8 +149,9 @@ class Config:
     resume_from_checkpoint: str = flag("latest", "latest, a path, or none: start anew in a folder without checkpoints")
     upcast_before_saving: bool = flag(False, "export weights in fp32")
     validation_image: list[str] | None = flag(None, "control images; without them held-out rows serve")
+    detect_validation_image: bool = flag(False, "they are photos: --control makes their controls, too")
     validation_prompt: list[str] | None = flag(None, "one for all images, or one each")
-    validation_steps: int = flag(100, "steps between validation pictures", least=1)
+    validation_steps: int = flag(100, "steps between evaluations: probe and pictures", least=1)
     num_validation_images: int = flag(1, "pictures a case, each from its own noise; 0: draw nothing", least=0)
     num_inference_steps: int = flag(50, "Euler steps of a validation picture", least=1)
     guidance_scale: float = flag(3.5, "of validation pictures; up to 1: no guidance")
@@ -210,6 +220,8 @@ def check(config):
     refuse_if(twice, "--dataset_name and --jsonl_for_train: give one of them")
     refuse_if(c.logit_std <= 0, f"--logit_std {c.logit_std}: must be positive")
     refuse_if(bool(images) != bool(prompts), "--validation_image and --validation_prompt: give both or none")
+    lost = c.detect_validation_image and (c.control == "column" or not images)
+    refuse_if(lost, "--detect_validation_image needs --validation_image and a --control other than column")
     refuse_if(len(images) != len(prompts) and 1 not in (len(images), len(prompts)), f"--validation_image has "
               f"{len(images)} and --validation_prompt {len(prompts)} values: one, or as many")  # fmt: skip
     for path in images:
@@ -553,16 +565,27 @@ def read_picture(config, rows, todo):
         return key, error
     except Exception as error:  # decoders raise whatever they like on broken files
         return key, BadRow(f"{name}: cannot be decoded as an image: {error}")
-    image = image if control == "column" else make_control(image, side)
+    image = image if control == "column" else make_control(image, control, side)
     return key, VaeImageProcessor(PIXELS_PER_LATENT).preprocess(image, side, side)
 
 
-def make_control(image, side):
-    """Target -> its canny edges at training resolution, with the thresholds of the original document."""
-    from controlnet_aux import CannyDetector
+@functools.cache
+def load_detector(name):
+    """Detector of controlnet_aux, on the CPU, its weights from the hub. Raises Refusal."""
+    import controlnet_aux
 
+    kind = getattr(controlnet_aux, DETECTORS[name])
+    try:
+        return kind.from_pretrained(DETECTOR_WEIGHTS) if hasattr(kind, "from_pretrained") else kind()
+    except Exception as error:  # no network, no such file: each has a class of its own
+        raise Refusal(f"--control {name}: the detector's weights ({DETECTOR_WEIGHTS}) cannot be had: {first_line(error)}")
+
+
+def make_control(image, name, side):
+    """Target -> its control at training resolution; canny with the thresholds of the original document."""
+    thresholds = {"low_threshold": 50, "high_threshold": 200} if name == "canny" else {}
     image = image.resize((side, side), Image.Resampling.LANCZOS)
-    return CannyDetector()(image, 50, 200, detect_resolution=side, image_resolution=side)
+    return load_detector(name)(image, detect_resolution=side, image_resolution=side, **thresholds)
 
 
 def store(folder, entries):
@@ -638,49 +661,51 @@ def find_rows(config, base, rows):
 
     def keys(id):
         try:
-            image, caption = image_bytes(c, id, rows[id], c.image_column)[0], caption_text(c, id, rows[id])
-            made = [c.control, image]  # a detector makes the control from the target
-            control = made if made[0] != "column" else image_bytes(c, id, rows[id], c.conditioning_image_column)[:1]
-            return Row(id, caption, digest(picture, image), digest(picture, *control), digest(text, caption))
+            row, made = rows[id], c.control != "column"
+            image, caption = image_bytes(c, id, row, c.image_column)[0], caption_text(c, id, row)
+            control = image if made else image_bytes(c, id, row, c.conditioning_image_column)[0]
+            return Row(id, caption, digest(picture, image), control_key(control, made), digest(text, caption))
         except BadRow as error:
             return error
+
+    def control_key(content, made):
+        return digest(picture, c.control, content) if made else digest(picture, content)
 
     found = sum(gather([keys(id) for id in tqdm(range(RANK, len(rows), WORLD), "reading rows", disable=RANK > 0)]), [])
     bad, found = [r for r in found if isinstance(r, BadRow)], sorted(r for r in found if isinstance(r, Row))
     images, prompts = c.validation_image or [], c.validation_prompt or []
     pairs = zip(images * (len(prompts) if len(images) == 1 else 1), prompts * (len(images) if len(prompts) == 1 else 1))
-    cases = [Row(None, t, path, digest(picture, Path(path).read_bytes()), digest(text, t)) for path, t in pairs]
+    cases = [Row(None, prompt, path, control_key(Path(path).read_bytes(), c.detect_validation_image), digest(text, prompt))
+             for path, prompt in pairs]  # fmt: skip
     return found, bad, cases, digest(text, "")
 
 
 def encode(config, base, rows, device):
     """Encode what the cache lacks, the work split over the ranks -> Encoded. Raises Refusal for unusable rows."""
-    c, skip = config, "--skip_bad_rows leaves such rows out"
-    Path(c.encoded_dir).mkdir(parents=True, exist_ok=True)
-    for stale in (f for f in Path(c.encoded_dir).glob(".*.tmp") if RANK == 0 and time.time() - f.stat().st_mtime > 3600):
+    c, folder = config, Path(config.encoded_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in (f for f in folder.glob(".*.tmp") if RANK == 0 and time.time() - f.stat().st_mtime > 3600):
         stale.unlink()  # left by a crash; a younger one may belong to another run that shares the cache
     found, bad, cases, empty = find_rows(c, base, rows)
-    refuse_if(bad and not c.skip_bad_rows, f"{(bad or [0])[0]} ({len(bad)} such rows; {skip})")
+    refuse_if(bad and not c.skip_bad_rows, f"{bad and bad[0]} ({len(bad)} such rows; --skip_bad_rows leaves them out)")
     column = c.conditioning_image_column if c.control == "column" else c.image_column
-    pictures = {case.control: (None, case.image, "column") for case in cases}
+    pictures = {case.control: (None, case.image, c.control if c.detect_validation_image else "column") for case in cases}
     for row in found:
         pictures |= {row.image: (row.id, c.image_column, "column"), row.control: (row.id, column, c.control)}
     captions = {empty: ""} | {row.caption: row.text for row in (*found, *cases)}
 
-    index = read_index(c.encoded_dir)
-    for todo, entries in (([(key, *what) for key, what in pictures.items() if key not in index], picture_entries),
-                          ([(key, text) for key, text in captions.items() if key not in index], caption_entries)):  # fmt: skip
-        if todo[RANK::WORLD]:
-            store(c.encoded_dir, entries(c, base, rows, todo[RANK::WORLD], device, bad))
-        gc.collect()  # the encoder is gone before the next, or the transformer, is loaded
-        torch.cuda.empty_cache()
-        new = gather(bad)  # also a barrier
-    bad = [*dict.fromkeys(str(error) for errors in new for error in errors)]
-    if bad and RANK == 0:
-        tqdm.write(f"left out {len(bad)} rows or pictures that cannot be used, the first: {bad[0]}", file=sys.stderr)
-    index = read_index(c.encoded_dir)
-    refuse_if(any(case.control not in index for case in cases), f"a --validation_image cannot be used: {bad and bad[0]}")
-    train, held_out = hold_out([row for row in found if row.image in index and row.control in index], c.probe_samples)
+    index, broken = gather(read_index(folder) if RANK == 0 else None)[0], {}  # one index for all: others write already
+    lacking = [(key, *what) for key, what in pictures.items() if key not in index]
+    store(folder, picture_entries(c, base, rows, lacking[RANK::WORLD], device, broken))
+    store(folder, caption_entries(c, base, [(k, t) for k, t in captions.items() if k not in index][RANK::WORLD], device))
+    gc.collect()  # the encoders are gone before the transformer is loaded
+    torch.cuda.empty_cache()
+    broken = {key: error for part in gather(broken) for key, error in part.items()}
+    usable = [row for row in found if row.image not in broken and row.control not in broken]
+    if (bad or broken) and RANK == 0:
+        first = [*bad, *broken.values()][0]
+        tqdm.write(f"left out {len(rows) - len(usable)} rows that cannot be used, the first: {first}", file=sys.stderr)
+    index, (train, held_out) = read_index(folder), hold_out(usable, c.probe_samples)
     cases = [case._replace(image=None) for case in cases] or held_out[:VALIDATION_CASES]
     scaling = json.loads((base / "vae" / "config.json").read_text())["scaling_factor"]
     return Encoded(index, train, held_out, cases, empty, scaling)
@@ -700,25 +725,29 @@ def load_vae(base):
     return AutoencoderKL.from_pretrained(base, subfolder="vae", **options).requires_grad_(False)
 
 
-def picture_entries(config, base, rows, todo, device, bad):
-    """Posterior moments (32, h, w) of the pictures in `todo`; what cannot be read goes to `bad`."""
+def picture_entries(config, base, rows, todo, device, broken):
+    """Posterior moments (32, h, w) of the pictures in `todo`; what cannot be read goes to `broken` by its key."""
+    if not todo:
+        return
     vae, workers = load_vae(base).to(device), min(config.dataloader_num_workers, len(todo))
     loader = DataLoader(todo, None, collate_fn=functools.partial(read_picture, config, rows), num_workers=workers)
     for key, pixels in tqdm(loader, "encoding pictures", disable=RANK > 0):
         if torch.is_tensor(pixels):  # one at a time: an entry does not depend on its neighbours
             yield key, vae.encode(pixels.to(device, torch.bfloat16)).latent_dist.parameters[0]
         elif config.skip_bad_rows:
-            bad.append(pixels)
+            broken[key] = pixels
         else:
             tqdm.write(f"cv4ctrl.py: {pixels}; --skip_bad_rows leaves such rows out", file=sys.stderr)
             sys.exit(2)  # the other ranks do not know: the launcher ends them; what they stored is kept
 
 
-def caption_entries(config, base, rows, todo, device, bad):
-    """Prompt embeddings (T, 4096) of the captions in `todo`.
+def caption_entries(config, base, todo, device):
+    """Prompt embeddings (T, 4096) of the captions in todo [(key, text)].
 
     The pipeline's own function encodes each caption alone: it pads to a multiple of 16 tokens and lets the pads be
     attended to, so that an embedding from a batch would be another one."""
+    if not todo:
+        return
     from diffusers import CogView4ControlPipeline
     from diffusers.utils.logging import disable_progress_bar as quiet_diffusers
     from transformers.utils.logging import disable_progress_bar as quiet_transformers
@@ -776,19 +805,20 @@ class Stream(Dataset):
         total = self.config.total_batch_size
         return sorted(range(step * total, (step + 1) * total), key=lambda k: (self.encoded.index[self.row(k)[1]][1], k))
 
-    def sample(self, k):
-        row, caption = self.row(k)
-        side, generator = self.config.resolution // PIXELS_PER_LATENT, draw(self.config.seed, "noise", k)
+    def sample(self, row, caption, timestep, *address):
+        """What the model is fed of a row; noise and posterior draws are those of the address."""
+        side, generator = self.config.resolution // PIXELS_PER_LATENT, draw(self.config.seed, *address)
         noise, eps, control_eps = torch.randn(3, LATENT_CHANNELS, side, side, generator=generator)
         latent, control = self.encoded.latent(row.image, eps), self.encoded.latent(row.control, control_eps)
-        return dict(row=row.id, latent=latent, control=control, noise=noise, timestep=self.timestep(k),
+        return dict(row=row.id, latent=latent, control=control, noise=noise, timestep=timestep,
                     prompt_embeds=self.encoded.embedding(caption))  # fmt: skip
 
     def __getitem__(self, n):
         step, turn = divmod(n, self.config.gradient_accumulation_steps)
         micro = self.config.train_batch_size
         first = (turn * self.world + self.rank) * micro
-        return collate([self.sample(k) for k in self.order(step)[first : first + micro]], self.mu)
+        positions = self.order(step)[first : first + micro]
+        return collate([self.sample(*self.row(k), self.timestep(k), "noise", k) for k in positions], self.mu)
 
 
 def collate(samples, mu):
@@ -808,8 +838,11 @@ def micro_batches(stream, start, stop, device):
     accumulation, workers = stream.config.gradient_accumulation_steps, stream.config.dataloader_num_workers
     numbers, pin = range(start * accumulation, stop * accumulation), device.type == "cuda"
     loader = DataLoader(stream, None, sampler=numbers, num_workers=min(workers, len(numbers)), pin_memory=pin)
-    for batch in loader:
-        yield {key: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for key, v in batch.items()}
+    return (to_device(batch, device) for batch in loader)
+
+
+def to_device(batch, device):
+    return {name: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for name, v in batch.items()}
 
 
 def batch_loss(model, frame, batch, scheme):
@@ -846,35 +879,81 @@ def decode(base, latents, scaling, device):
     return [processor.postprocess(vae.decode(latent).sample.cpu())[0] for latent in scaled]
 
 
-def validate(model, frame, config, encoded, base, step):
-    """Draw every case and write validation/step-<step>.png: control | generated ... | target.
+def spread(jobs, work, title):
+    """{job: work(job)} of all jobs on every rank, the work spread over the ranks.
 
-    The work is spread over the ranks, which all call the model equally often: under ZeRO-3 every call is collective."""
-    c, device, latents = config, frame.size.device, {}
-    jobs = [(case, n) for case in range(len(encoded.cases)) for n in range(c.num_validation_images)]
-    for turn in tqdm(range(math.ceil(len(jobs) / WORLD)), "drawing", disable=RANK > 0, leave=False):
+    All ranks call `work` equally often, the last ones perhaps in vain: under ZeRO-3 a forward pass is collective."""
+    done = {}
+    for turn in tqdm(range(math.ceil(len(jobs) / WORLD)), title, disable=RANK > 0, leave=False):
         job = jobs[min(turn * WORLD + RANK, len(jobs) - 1)]
+        done[job] = work(job)
+    return {job: result for part in gather(done) for job, result in part.items()}
+
+
+@torch.no_grad()
+def probe(model, frame, stream):
+    """Probe loss and control gain of the held-out rows, over all and at each of PROBE_TIMESTEPS, with the same noise always.
+
+    The gain compares with the loss where each row is given the next row's control. None without two rows."""
+    rows, size = stream.encoded.held_out, stream.config.train_batch_size
+    if len(rows) < 2:
+        return None
+    samples = [stream.sample(row, row.caption, None, "probe", n) for n, row in enumerate(rows)]
+
+    def loss_sum(job):
+        t, swapped, first = job
+        batch = []
+        for n in range(first, min(first + size, len(rows))):
+            control = samples[(n + swapped) % len(rows)]["control"]
+            batch.append(samples[n] | {"control": control, "timestep": torch.tensor([float(t)])})
+        batch = to_device(collate(batch, stream.mu), frame.size.device)
+        return batch_loss(model, frame, batch, "none").item() * len(batch["rows"])
+
+    jobs = [(t, swapped, first) for t in PROBE_TIMESTEPS for swapped in (0, 1) for first in range(0, len(rows), size)]
+    sums = spread(jobs, loss_sum, "probing")
+    own, other = ([sum(sums[job] for job in jobs if job[:2] == (t, swapped)) / len(rows) for t in PROBE_TIMESTEPS]
+                  for swapped in (0, 1))  # fmt: skip
+    loss, loss_swapped = sum(own) / len(own), sum(other) / len(other)
+    return {"probe_loss": loss, "probe_loss_swapped": loss_swapped, "control_gain": loss_swapped / loss - 1,
+            "probe_loss_by_t": own, "control_gain_by_t": [b / a - 1 for a, b in zip(own, other)]}  # fmt: skip
+
+
+def validate(model, frame, stream, base, step):
+    """Draw every case and write validation/step-<step>.png: control | generated ... | target."""
+    c, encoded, device = stream.config, stream.encoded, frame.size.device
+
+    def generate(job):
         case, side = encoded.cases[job[0]], c.resolution // PIXELS_PER_LATENT
         noise = torch.randn(1, LATENT_CHANNELS, side, side, generator=draw(c.seed, "validation", *job))
-        inputs = (noise, encoded.latent(case.control)[None],
-                  encoded.embedding(case.caption)[None], encoded.embedding(encoded.empty)[None])  # fmt: skip
-        inputs = [tensor.to(device) for tensor in inputs]
-        latents[job] = euler_sample(model, frame, *inputs, c.num_inference_steps, c.guidance_scale)[0].float().cpu()
-    latents = {job: latent for part in gather(latents) for job, latent in part.items()}
+        texts = (encoded.embedding(key)[None] for key in (case.caption, encoded.empty))
+        inputs = [tensor.to(device) for tensor in (noise, encoded.latent(case.control)[None], *texts)]
+        return euler_sample(model, frame, *inputs, c.num_inference_steps, c.guidance_scale)[0].float().cpu()
+
+    jobs = [(case, n) for case in range(len(encoded.cases)) for n in range(c.num_validation_images)]
+    latents = spread(jobs, generate, "drawing")
     if RANK == 0:
-        headings = ["control", *["generated"] * c.num_validation_images, "target"]
-        rows = []
+        table = []
         for number, case in enumerate(encoded.cases):
             row = [encoded.latent(case.control), *(latents[number, n] for n in range(c.num_validation_images))]
             row += [encoded.latent(case.image)] if case.image else []
-            rows.append((case.text, decode(base, row, encoded.scaling, device)))
-        file = Path(c.output_dir, "validation", f"step-{step}.png")
-        file.parent.mkdir(exist_ok=True)
-        write_aside(file, lambda path: picture_grid(rows, headings).save(path, "PNG"))
+            table.append((case.text, decode(base, row, encoded.scaling, device)))
+        headings = ["control", *["generated"] * c.num_validation_images, "target"]
+        save_grid(Path(c.output_dir, "validation", f"step-{step}.png"), table, headings)
 
 
-def picture_grid(rows, headings):
-    """[(title, images)] -> one image: a row each under its title; columns of 160 px at least under their headings."""
+def log_samples(stream, base, device):
+    """dataset_samples.png: image | control | overlay of what the model is fed, decoded from the cache, with token counts."""
+    table = []
+    for row in stream.encoded.train[:SHEET_ROWS]:
+        latents = [stream.encoded.latent(row.image), stream.encoded.latent(row.control)]
+        image, control = decode(base, latents, stream.encoded.scaling, device)
+        title = f"row {row.id}, {stream.encoded.index[row.caption][1]} tokens: {row.text}"
+        table.append((title, [image, control, Image.blend(image, control, 0.5)]))
+    save_grid(Path(stream.config.output_dir, "dataset_samples.png"), table, ["image", "control", "overlay"])
+
+
+def save_grid(file, rows, headings):
+    """Write [(title, images)] as one PNG: a row each under its title; columns of 160 px at least under their headings."""
     cell, line = max(160, rows[0][1][0].width), 16
     grid = Image.new("RGB", (cell * max(len(images) for _, images in rows), line + (cell + line) * len(rows)), "white")
     pen = ImageDraw.Draw(grid)
@@ -885,7 +964,8 @@ def picture_grid(rows, headings):
         pen.text((4, top + 2), " ".join(title.split())[: grid.width // 6], fill="black")
         for column, image in enumerate(images):
             grid.paste(image.resize((cell, cell), Image.Resampling.NEAREST), (column * cell, top + line))
-    return grid
+    file.parent.mkdir(exist_ok=True)
+    write_aside(file, lambda path: grid.save(path, "PNG"))
 
 
 # === 9. engine and checkpoints ========================================================================================
@@ -1031,35 +1111,41 @@ class Log:
     """metrics.jsonl, trackers and progress bar, on rank 0; rows past `start`, of an interrupted run, are dropped."""
 
     def __init__(self, config, engine, start, steps):
-        self.engine, self.file = engine, Path(config.output_dir, "metrics.jsonl")
+        self.engine, self.file, self.shown = engine, Path(config.output_dir, "metrics.jsonl"), {}
         self.bar = tqdm(total=steps, initial=start, desc="training", disable=RANK > 0)
         if RANK == 0:
-            lines = self.file.read_text().splitlines() if self.file.exists() else []
+            lines = self.file.read_text().splitlines() if start and self.file.exists() else []
             kept = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
             write_aside(self.file, lambda path: path.write_text("".join(kept)))
 
-    def write(self, row):
+    def write(self, kind, step, values):
         if RANK == 0:
             with open(self.file, "a") as file:
-                file.write(json.dumps(row) + "\n")
-            values = {name: value for name, value in row.items() if name != "step" and value is not None}
-            self.engine.monitor.write_events([(f"train/{name}", value, row["step"]) for name, value in values.items()])
-            shown = ("loss", "lr", "grad_norm", "samples_per_s")
-            self.bar.set_postfix({name: f"{values[name]:.3g}" for name in shown if name in values}, refresh=False)
-        self.bar.update()
+                file.write(json.dumps({"step": step} | values) + "\n")
+            scalars = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+            self.engine.monitor.write_events([(f"{kind}/{name}", value, step) for name, value in scalars.items()])
+            bar = ("loss", "lr", "grad_norm", "samples_per_s", "probe_loss", "control_gain")
+            self.shown |= {name: f"{scalars[name]:.3g}" for name in bar if name in scalars}
+            self.bar.set_postfix(self.shown, refresh=False)
+            self.bar.update(step - self.bar.n)
 
 
-def train(config, engine, stream, frame, base, identity, start, steps):
-    """Optimizer steps start + 1 .. steps, with their checkpoints and pictures."""
-    c, rate, log = config, schedule(config, steps), Log(config, engine, start, steps)
+def train(engine, stream, frame, base, identity, start, steps):
+    """Optimizer steps start + 1 .. steps, with their evaluations and checkpoints."""
+    c, encoded = stream.config, stream.encoded
+    rate, log = schedule(c, steps), Log(c, engine, start, steps)
     batches = micro_batches(stream, start, steps, frame.size.device)
 
-    def pictures(step):
-        if stream.encoded.cases and c.num_validation_images and (step % c.validation_steps == 0 or step == steps):
-            validate(engine.module, frame, c, stream.encoded, base, step)
+    def evaluate(step):
+        if step % c.validation_steps == 0 or step == steps:
+            figures = probe(engine.module, frame, stream)
+            if figures:
+                log.write("probe", step, figures)
+            if encoded.cases and c.num_validation_images:
+                validate(engine.module, frame, stream, base, step)
 
     if start == 0:
-        pictures(0)
+        evaluate(0)
     for step in range(start + 1, steps + 1):
         clock, losses = time.perf_counter(), []
         set_optimizer(engine, c, rate(step - 1))
@@ -1070,12 +1156,13 @@ def train(config, engine, stream, frame, base, identity, start, steps):
             losses.append(loss.detach())
         loss, norm = torch.stack(losses).mean() / WORLD, engine.get_global_grad_norm()
         dist.all_reduce(loss)
-        log.write({"step": step, "samples": step * c.total_batch_size, "loss": loss.item(), "lr": rate(step - 1),
-                   "grad_norm": None if norm is None else float(norm),
-                   "samples_per_s": c.total_batch_size / (time.perf_counter() - clock)})  # fmt: skip
+        loss, norm = loss.item(), None if norm is None else float(norm)  # waits for the device, so that the clock is true
+        speed = c.total_batch_size / (time.perf_counter() - clock)
+        log.write("train", step, {"samples": step * c.total_batch_size, "loss": loss, "lr": rate(step - 1),
+                                  "grad_norm": norm, "samples_per_s": speed})  # fmt: skip
+        evaluate(step)  # before saving: a checkpoint has everything of its step behind it
         if step % c.checkpointing_steps == 0 or step == steps:
             save_checkpoint(engine, c, step, identity)
-        pictures(step)
 
 
 # === 11. main =========================================================================================================
@@ -1150,7 +1237,7 @@ def run(config):
     settings = engine_settings(c)
     base, transformer = find_base(c, c.pretrained_model_name_or_path)
     check_base(c, base, transformer)
-    rows = open_dataset(c)
+    rows, _ = open_dataset(c), c.control == "column" or load_detector(c.control)
 
     def count_steps(rows):
         few = f"{rows} rows to train on are fewer than one global batch of {c.total_batch_size}"
@@ -1188,7 +1275,10 @@ def run(config):
         start = manifest["step"]
     if RANK == 0:
         write_run(c, settings, start, steps)
-    train(c, engine, Stream(c, encoded, RANK, WORLD), frame, base, identity, start, steps)
+    stream = Stream(c, encoded, RANK, WORLD)
+    if c.log_dataset_samples and RANK == 0:
+        log_samples(stream, base, device)
+    train(engine, stream, frame, base, identity, start, steps)
     if RANK == 0:
         publish(c, max(start, steps))
         print(f"done: weights in {c.output_dir}, pictures in {Path(c.output_dir, 'validation')}")

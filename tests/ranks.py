@@ -21,7 +21,7 @@ def launch(world, *jobs, timeout=400):
     common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = []
     for rank in range(world):
-        env = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": str(max(1, 2 // world))}
+        env = {"OMP_NUM_THREADS": str(max(1, 2 // world))} | os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         ranks.append(subprocess.Popen([sys.executable, __file__, json.dumps(jobs, default=str)], env=env, **output))
     try:
@@ -124,9 +124,11 @@ def cost_of_a_step(argv):
     batch = next(cv4ctrl.micro_batches(cv4ctrl.Stream(c, encoded, 0, 1), 0, 1, device))
     trained, bare, write = [], [], cv4ctrl.Log.write
 
-    def write_and_do_a_bare_step(log, row):
-        write(log, row)
-        trained.append(c.total_batch_size / row["samples_per_s"])
+    def write_and_do_a_bare_step(log, kind, step, values):
+        write(log, kind, step, values)
+        if kind != "train":
+            return
+        trained.append(c.total_batch_size / values["samples_per_s"])
         clock = time.perf_counter()
         cv4ctrl.batch_loss(model, frame, batch, "none").backward()
         optimizer.step()

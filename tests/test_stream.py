@@ -13,6 +13,10 @@ def make(encoded, config, rank=0, world=1, **options):
     return cv4ctrl.Stream(config(world=world, **options), encoded, rank, world)
 
 
+def sample(stream, k):
+    return stream.sample(*stream.row(k), stream.timestep(k), "noise", k)
+
+
 def test_ranks_and_workers_see_bitwise_the_same_samples(encoded, config):
     whole = make(encoded, config, train_batch_size=4, total_batch_size=8)
     parts = [make(encoded, config, rank, 2, train_batch_size=2, total_batch_size=8) for rank in range(2)]
@@ -32,9 +36,9 @@ def test_every_row_once_an_epoch_in_another_order(encoded, config):
 
 
 def test_seed_changes_everything_and_k_changes_everything(encoded, config):
-    a, b = make(encoded, config).sample(5), make(encoded, config, seed=1).sample(5)
-    again = make(encoded, config, train_batch_size=1, dataloader_num_workers=4).sample(5)
-    other = make(encoded, config).sample(6)
+    a, b = sample(make(encoded, config), 5), sample(make(encoded, config, seed=1), 5)
+    again = sample(make(encoded, config, train_batch_size=1, dataloader_num_workers=4), 5)
+    other = sample(make(encoded, config), 6)
     for name in ("latent", "noise", "control"):
         assert torch.equal(a[name], again[name])
         assert not torch.equal(a[name], b[name]) and not torch.equal(a[name], other[name])
@@ -45,7 +49,7 @@ def test_every_visit_draws_a_fresh_latent_of_the_same_posterior(encoded, config)
     stream, rows = make(encoded, config), len(encoded.train)
     visits = {stream.row(k)[0].id: k for k in range(rows)}
     k2 = next(k for k in range(rows, 2 * rows) if stream.row(k)[0].id == stream.row(0)[0].id)
-    first, second = stream.sample(0), stream.sample(k2)
+    first, second = sample(stream, 0), sample(stream, k2)
     assert first["row"] == second["row"] and len(visits) == rows
     assert not torch.equal(first["latent"], second["latent"]) and not torch.equal(first["control"], second["control"])
     mean = encoded.latent(stream.row(0)[0].image)
@@ -80,7 +84,7 @@ def test_a_global_batch_is_sorted_by_length_whole(encoded, config):
     lengths = [batch["prompt_embeds"].shape[1] for batch in batches]
     assert lengths == sorted(lengths) and len(set(lengths)) > 1
     assert sorted(stream.order(3)) == list(range(48, 64))
-    expected = {tuple(stream.sample(k)["noise"].flatten()[:4].tolist()) for k in range(16)}
+    expected = {tuple(sample(stream, k)["noise"].flatten()[:4].tolist()) for k in range(16)}
     assert {tuple(noise.flatten()[:4].tolist()) for batch in batches for noise in batch["noise"]} == expected
 
 

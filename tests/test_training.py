@@ -55,13 +55,14 @@ def zero(out):
 @pytest.fixture(scope="module")
 def alone(out, flags):
     """One rank: 6 steps at once; 3 steps, the rest later; encoders counted; a mid-epoch position and loader workers."""
-    common = dict(checkpointing_steps=3, proportion_empty_prompts=0.2, dataloader_num_workers=2, adam_epsilon=EPSILON)
+    common = dict(checkpointing_steps=3, validation_steps=2, proportion_empty_prompts=0.2, dataloader_num_workers=2, adam_epsilon=EPSILON)
     return launch(
         1,
         flags(out / "six", **common, max_train_steps=6, checkpoints_total_limit=0),
         flags(out / "three", **common, max_train_steps=3),
         ("count_encoders", [flags(out / "counted", max_train_steps=4)]),
         flags(out / "pictures", max_train_steps=2, num_validation_images=1, num_inference_steps=2, validation_steps=1, report_to="csv"),
+        flags(out / "seldom", **common | dict(validation_steps=100), max_train_steps=6),
         flags(out / "blocks", only_target_transformer_blocks=True, max_train_steps=2, mixed_precision="bf16"),
     )
 
@@ -74,7 +75,7 @@ def resumed(out, flags, alone):
         file.write(json.dumps({"step": 4, "loss": 0.0}) + "\n" + '{"step": 5, "lo')
     (out / "resumed" / ".checkpoint-6.tmp").mkdir()
     (out / "resumed" / ".checkpoint-6.tmp" / "junk").write_text("left by a kill")
-    common = dict(checkpointing_steps=3, proportion_empty_prompts=0.2, dataloader_num_workers=2, adam_epsilon=EPSILON)
+    common = dict(checkpointing_steps=3, validation_steps=2, proportion_empty_prompts=0.2, dataloader_num_workers=2, adam_epsilon=EPSILON)
     argv = flags(out / "resumed", **common, max_train_steps=6)
     return launch(1, argv, argv)
 
@@ -82,7 +83,7 @@ def resumed(out, flags, alone):
 @pytest.fixture(scope="module")
 def pair(out, flags, zero, alone):
     """Two ranks: the same samples as one rank; gradients; all ZeRO stages in bf16."""
-    common = dict(checkpointing_steps=3, proportion_empty_prompts=0.2, train_batch_size=2, dataloader_num_workers=1, adam_epsilon=EPSILON)
+    common = dict(checkpointing_steps=3, validation_steps=2, proportion_empty_prompts=0.2, train_batch_size=2, dataloader_num_workers=1, adam_epsilon=EPSILON)
     accumulated = flags(out / "gradients", train_batch_size=2, gradient_accumulation_steps=2, proportion_empty_prompts=0.2)
     stages = [
         flags(out / f"stage{stage}", deepspeed_config=zero(stage), mixed_precision="bf16", train_batch_size=2, num_validation_images=1,
@@ -102,7 +103,7 @@ def test_run_leaves_what_the_readme_says(alone, out):
     assert manifest["step"] == 6 and manifest["samples"] == 24 and manifest["stream"]["seed"] == 0
     listed = {str(f.relative_to(run / "checkpoint-6")) for f in (run / "checkpoint-6").rglob("*") if f.is_file()} - {"manifest.json"}
     assert set(manifest["files"]) == listed
-    rows = metrics(run)
+    rows = [row for row in metrics(run) if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 7)) and [row["samples"] for row in rows] == list(range(4, 25, 4))
     assert rows[0].keys() == {"step", "samples", "loss", "lr", "grad_norm", "samples_per_s"} and rows[0]["grad_norm"] > 0
     about = json.loads((run / "run.json").read_text())
@@ -134,8 +135,9 @@ def test_six_steps_equal_three_and_three_bitwise(alone, resumed, out):
 
 def test_one_rank_and_two_end_in_the_same_weights(alone, pair, out):
     assert same(weights(out / "six"), weights(out / "two"), 1e-5)
-    losses = [[row["loss"] for row in metrics(out / run)] for run in ("six", "two")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for name, rel, atol in (("loss", 1e-5, 0), ("probe_loss", 1e-5, 0), ("probe_loss_swapped", 1e-5, 0), ("control_gain", 0, 1e-5)):
+        one, two = ([row[name] for row in metrics(out / run) if name in row] for run in ("six", "two"))
+        assert one == pytest.approx(two, rel=rel, abs=atol) and len(one) == (6 if name == "loss" else 4), name
 
 
 def test_gradients_of_the_engine_equal_plain_autograd(pair, out, config, encoded, base):
@@ -158,7 +160,7 @@ def test_every_zero_stage_trains_and_exports(pair, stage, out, base):
     before = cv4ctrl.load_transformer(base / "transformer", None, torch.bfloat16, torch.device("cpu"))
     moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters())]
     assert sum(moved) > 0.9 * len(moved)
-    losses = [[row["loss"] for row in metrics(out / f"stage{s}")] for s in (2, stage)]
+    losses = [[row["loss"] for row in metrics(out / f"stage{s}") if "loss" in row] for s in (2, stage)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
     assert sorted(f.name for f in (run / "validation").iterdir()) == ["step-0.png", "step-2.png"]
 
@@ -180,6 +182,15 @@ def test_frozen_weights_stay(alone, out, base):
     moved = {name for name in before if name != "patch_embed.proj.weight" and not torch.equal(trained[name], before[name])}
     assert moved and all(name.startswith(("transformer_blocks.", "patch_embed.proj.")) for name in moved)
     assert trained["patch_embed.proj.weight"][:, 64:].any()
+
+
+def test_probing_leaves_the_training_alone(alone, out):
+    """The same run with fewer evaluations ends in bitwise the same weights."""
+    assert [row["step"] for row in metrics(out / "six") if "control_gain" in row] == [0, 2, 4, 6]
+    assert [row["step"] for row in metrics(out / "seldom") if "control_gain" in row] == [0, 6]
+    assert same(weights(out / "six"), weights(out / "seldom"))
+    gains = [row["control_gain"] for row in metrics(out / "six") if "control_gain" in row]
+    assert gains[0] == 0 and gains[-1] != 0  # the new columns start at zero
 
 
 def test_old_checkpoints_go(alone, resumed, out):
