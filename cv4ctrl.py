@@ -28,6 +28,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -59,7 +60,7 @@ SHEET_ROWS = 12  # of --log_dataset_samples
 VALIDATION_CASES = 4  # held-out rows that are drawn where no --validation_image is given
 PATIENCE = datetime.timedelta(hours=2)  # how long a rank waits for the others: uneven encoding, downloads, saving
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by every launcher
-HALF = ("fp16", "float16", "half", "fp8", "float8", "amp")  # what ds_config.json must not ask for
+HALF = ("fp16", "float16", "half", "fp8", "float8", "float8_e4m3fn", "float8_e5m2", "amp")  # not in ds_config.json
 DETECTORS = {  # classes of controlnet_aux that need its core packages only; all but canny load weights
     "canny": "CannyDetector", "hed": "HEDdetector", "leres": "LeresDetector", "lineart": "LineartDetector",
     "lineart_anime": "LineartAnimeDetector", "midas": "MidasDetector", "mlsd": "MLSDdetector",
@@ -78,15 +79,13 @@ NOT_HERE = {
 class Refusal(Exception):
     """The request is wrong: one line for stderr that says what and how to mend it, exit code 2."""
 
+    def __str__(self):
+        return " ".join(self.args[0].split())
+
 
 def refuse_if(wrong, why):
     if wrong:
-        raise Refusal(" ".join(why.split()))
-
-
-def first_line(error):
-    """What an exception of a library says, in one line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise Refusal(why)
 
 
 def flag(default, help, **more):
@@ -214,10 +213,12 @@ def check(config):
     why = f"--mixed_precision {c.mixed_precision}: fp16 and fp8 are not supported, use bf16, or no for fp32"
     refuse_if(c.mixed_precision not in ("bf16", "no"), why)
     refuse_if(c.resolution % PIXELS_PER_TOKEN, f"--resolution {c.resolution}: must be a multiple of {PIXELS_PER_TOKEN}")
-    for name in ("proportion_empty_prompts", "adam_beta1", "adam_beta2"):
-        refuse_if(not 0 <= getattr(c, name) <= 1, f"--{name} {getattr(c, name)}: must be in 0 .. 1")
+    for name, most in {"proportion_empty_prompts": 1, "adam_beta1": 1 - 1e-9, "adam_beta2": 1 - 1e-9}.items():
+        refuse_if(not 0 <= getattr(c, name) <= most, f"--{name} {getattr(c, name)}: must be in 0 .. 1")
     twice = c.jsonl_for_train and c.dataset_name != Config.dataset_name
     refuse_if(twice, "--dataset_name and --jsonl_for_train: give one of them")
+    flat = c.lr_scheduler == "polynomial" and c.learning_rate <= 1e-7
+    refuse_if(flat, f"--learning_rate {c.learning_rate}: the polynomial schedule ends at 1e-7, begin above it")
     refuse_if(c.logit_std <= 0, f"--logit_std {c.logit_std}: must be positive")
     refuse_if(bool(images) != bool(prompts), "--validation_image and --validation_prompt: give both or none")
     lost = c.detect_validation_image and (c.control == "column" or not images)
@@ -228,14 +229,15 @@ def check(config):
         try:
             Image.open(path).load()
         except Exception as error:  # decoders raise whatever they like
-            raise Refusal(f"--validation_image {path}: {first_line(error)}")
+            raise Refusal(f"--validation_image {path}: {error!r}")
     for name in ("tensorboard", "wandb"):
         refuse_if(c.report_to in (name, "all") and not importlib.util.find_spec(name),
                   f"--report_to {c.report_to} needs {name}, which is not installed: pip install {name}")  # fmt: skip
     for name, path in (("output_dir", Path(c.output_dir).absolute()), ("encoded_dir", Path(c.encoded_dir).absolute())):
-        there = next(p for p in (path, *path.parents) if p.exists())
+        there = next(p for p in (path, *path.parents) if os.path.exists(p))
         writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
         refuse_if(not writable, f"--{name} {path}: {there} is not a folder that can be written to")
+        refuse_if(set("[]*?") & set(str(path)), f"--{name} {path}: DeepSpeed cannot find files again where names have []*?")
 
 
 def engine_settings(config):
@@ -249,8 +251,13 @@ def engine_settings(config):
         refuse_if(not isinstance(settings, dict), f"--deepspeed_config {path}: must be a JSON object")
     except (OSError, ValueError) as error:
         raise Refusal(f"--deepspeed_config {path}: {getattr(error, 'strerror', None) or f'not JSON: {error}'}")
+    for name in ("zero_optimization", "bf16", "optimizer", "data_types"):
+        section = settings.get(name, {})
+        parts = [section, *(section.get(part, {}) for part in ("params", "offload_optimizer") if isinstance(section, dict))]
+        refuse_if(not all(isinstance(part, dict) for part in parts), f"{path.name}: {name} must hold JSON objects")
     for key, value in walk(settings):
-        asked = key in [f"{name}.enabled" for name in HALF] and value is not False or str(value).split(".")[-1] in HALF
+        asked = key in [f"{name}.enabled" for name in HALF] and value is not False
+        asked = asked or str(value).lower().removeprefix("torch.") in HALF
         refuse_if(asked, f"{path.name} says {key} = {value!r}: fp16 and fp8 are not supported, use bf16 or fp32")
     owned = {  # key in the file: (the flag that decides it, its value)
         "train_micro_batch_size_per_gpu": ("train_batch_size", c.train_batch_size),
@@ -308,9 +315,12 @@ def digest(*parts):
 
 
 def write_aside(file, write):
-    """write(path) to a file beside `file`, which then takes its place whole."""
+    """write(path) to a file beside `file`, which then takes its place whole, readable as the umask has it."""
     aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    aside.touch()
+    mode = aside.stat().st_mode
     write(aside)
+    aside.chmod(mode)  # safetensors makes files that only their owner can read
     os.replace(aside, file)
 
 
@@ -396,9 +406,9 @@ def widen(state, config):
 
 
 def weight_files(folder, variant=None):
-    """Safetensors of a model folder, its shards in order: those of `variant`, or those of none."""
+    """Safetensors of a model folder, its shards in order: those of `variant` if there are any, else those of none."""
     files = sorted(Path(folder).glob("*.safetensors"))
-    return [f for f in files if (f".{variant}" in f.name if variant else f.name.count(".") == 1)]
+    return [f for f in files if variant and f".{variant}" in f.name] or [f for f in files if f.name.count(".") == 1]
 
 
 def load_transformer(folder, variant, dtype, device):
@@ -406,7 +416,7 @@ def load_transformer(folder, variant, dtype, device):
     from diffusers import CogView4Transformer2DModel
 
     state = {}
-    for file in weight_files(folder, variant) or weight_files(folder):
+    for file in weight_files(folder, variant):
         state |= {name: tensor.to(dtype) for name, tensor in load_file(file, device=str(device)).items()}
     state, shape = widen(state, json.loads(Path(folder, "config.json").read_text()))
     with torch.device("meta"):
@@ -431,20 +441,17 @@ class KeyMaskAttention:
     that only pads the batch is no key for anybody: boolean (B, 1, 1, S), so that no query is without keys."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, image_rotary_emb=None):
+        from diffusers.models.embeddings import apply_rotary_emb
+
+        rotate = functools.partial(apply_rotary_emb, freqs_cis=image_rotary_emb, use_real_unbind_dim=-2)
         text = encoder_hidden_states.shape[1]
         x = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # (B, S, D), S = text + image
         q, k, v = (f(x).unflatten(2, (attn.heads, -1)).transpose(1, 2) for f in (attn.to_q, attn.to_k, attn.to_v))
         q, k = attn.norm_q(q).to(x.dtype), attn.norm_k(k).to(x.dtype)  # (B, heads, S, d)
-        q, k = (torch.cat([y[:, :, :text], rotate(y[:, :, text:], *image_rotary_emb)], dim=2) for y in (q, k))
+        q, k = (torch.cat([y[:, :, :text], rotate(y[:, :, text:])], dim=2) for y in (q, k))
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
         x = attn.to_out[0](x.transpose(1, 2).flatten(2, 3))
         return x[:, text:], x[:, :text]
-
-
-def rotate(x, cos, sin):
-    """Rotary embedding of x (B, heads, N, d) by tables (N, d), in fp32: the halves of d are the two coordinates."""
-    a, b = x.float().chunk(2, dim=-1)
-    return (x.float() * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
 
 
 class Frame(NamedTuple):
@@ -519,7 +526,7 @@ def open_dataset(config):
             Path(name).stat()  # the library would look for it on the hub
         rows = datasets.load_dataset(**where, split="train", cache_dir=c.cache_dir)
     except Exception as error:  # a dozen classes, the library's own among them
-        raise Refusal(f"data set {name}: {first_line(error)}")
+        raise Refusal(f"data set {name}: {error!r}")
     refuse_if(len(rows) == 0, f"data set {name}: it is empty")
     for flag in ("image_column", "conditioning_image_column", "caption_column"):
         column, needed = getattr(c, flag), c.control == "column" or flag != "conditioning_image_column"
@@ -557,7 +564,7 @@ def read_picture(config, rows, todo):
     from diffusers.utils import load_image
 
     key, id, column, control = todo
-    side = config.resolution
+    side, name = config.resolution, column
     try:
         data, name = (Path(column).read_bytes(), column) if id is None else image_bytes(config, id, rows[id], column)
         image = load_image(Image.open(io.BytesIO(data)))
@@ -578,7 +585,7 @@ def load_detector(name):
     try:
         return kind.from_pretrained(DETECTOR_WEIGHTS) if hasattr(kind, "from_pretrained") else kind()
     except Exception as error:  # no network, no such file: each has a class of its own
-        raise Refusal(f"--control {name}: the detector's weights ({DETECTOR_WEIGHTS}) cannot be had: {first_line(error)}")
+        raise Refusal(f"--control {name}: the detector's weights ({DETECTOR_WEIGHTS}) cannot be had: {error!r}")
 
 
 def make_control(image, name, side):
@@ -613,7 +620,7 @@ def read_index(folder):
         try:
             with safe_open(file, "pt") as shard:
                 index |= {key: (file, shard.get_slice(key).get_shape()[0]) for key in shard.keys()}
-        except (SafetensorError, OSError):
+        except SafetensorError:
             continue  # cut short by a crash or a full disk: its entries are encoded again
     return index
 
@@ -642,13 +649,19 @@ class Encoded(NamedTuple):
 
 
 def fingerprint(folder):
-    """Digest of the files of an encoder. Blobs of the hub's cache are named by their SHA-256 and not read again."""
+    """Digest of the files of an encoder. Large blobs of the hub's cache are named by their SHA-256: they are not read."""
     parts = []
     for file in sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".model", ".txt")):
-        with open(file, "rb") as stream:
-            blob = file.resolve().name
-            parts += [file.name, blob if len(blob) == 64 else hashlib.file_digest(stream, "sha256").hexdigest()]
+        blob = file.resolve()
+        named = blob.parent.name == "blobs" and len(blob.name) == 64
+        parts += [file.name, blob.name if named else file_digest(blob)]
     return digest(*parts)
+
+
+def file_digest(file):
+    """SHA-256 of a file."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def find_rows(config, base, rows):
@@ -702,10 +715,17 @@ def encode(config, base, rows, device):
     torch.cuda.empty_cache()
     broken = {key: error for part in gather(broken) for key, error in part.items()}
     usable = [row for row in found if row.image not in broken and row.control not in broken]
-    if (bad or broken) and RANK == 0:
-        first = [*bad, *broken.values()][0]
-        tqdm.write(f"left out {len(rows) - len(usable)} rows that cannot be used, the first: {first}", file=sys.stderr)
-    index, (train, held_out) = read_index(folder), hold_out(usable, c.probe_samples)
+    left_out, first = len(rows) - len(usable), [*bad, *broken.values(), None][0]
+    refuse_if(broken and not c.skip_bad_rows, f"{first} ({left_out} such rows; the others are encoded and kept; "
+              "--skip_bad_rows leaves them out)")  # fmt: skip
+    refuse_if(any(case.control in broken for case in cases), f"--validation_image: {first}")
+    if left_out and RANK == 0:
+        tqdm.write(f"left out {left_out} rows that cannot be used, the first: {first}", file=sys.stderr)
+    index = gather(read_index(folder) if RANK == 0 else None)[0]
+    wanted = {key for row in (*usable, *cases) for key in row[-2:]} | {row.image for row in usable} | {empty}
+    if wanted - index.keys():
+        raise RuntimeError(f"{len(wanted - index.keys())} entries vanished from {folder} while encoding")
+    train, held_out = hold_out(usable, c.probe_samples)
     cases = [case._replace(image=None) for case in cases] or held_out[:VALIDATION_CASES]
     scaling = json.loads((base / "vae" / "config.json").read_text())["scaling_factor"]
     return Encoded(index, train, held_out, cases, empty, scaling)
@@ -734,11 +754,8 @@ def picture_entries(config, base, rows, todo, device, broken):
     for key, pixels in tqdm(loader, "encoding pictures", disable=RANK > 0):
         if torch.is_tensor(pixels):  # one at a time: an entry does not depend on its neighbours
             yield key, vae.encode(pixels.to(device, torch.bfloat16)).latent_dist.parameters[0]
-        elif config.skip_bad_rows:
-            broken[key] = pixels
         else:
-            tqdm.write(f"cv4ctrl.py: {pixels}; --skip_bad_rows leaves such rows out", file=sys.stderr)
-            sys.exit(2)  # the other ranks do not know: the launcher ends them; what they stored is kept
+            broken[key] = pixels
 
 
 def caption_entries(config, base, todo, device):
@@ -784,7 +801,6 @@ class Stream(Dataset):
     def __init__(self, config, encoded, rank, world):
         self.config, self.encoded, self.rank, self.world = config, encoded, rank, world
         self.mu = shift_mu((config.resolution // PIXELS_PER_TOKEN) ** 2)
-        self.order = functools.lru_cache(maxsize=2)(self.order)
 
     def row(self, k):
         """(Row, key of its text) of sample k: every row once an epoch; some lose their caption."""
@@ -870,13 +886,13 @@ def euler_sample(model, frame, noise, control, prompt_embeds, empty_embeds, step
 
 
 @torch.no_grad()
-def decode(base, latents, scaling, device):
-    """Latents [(16, h, w)] -> PIL images by the base's VAE, which is there only for that time."""
+def decode(base, table, scaling, device):
+    """Rows of latents (16, h, w) -> rows of PIL images, by the base's VAE, which is there only for that time."""
     from diffusers.image_processor import VaeImageProcessor
 
     vae, processor = load_vae(base).to(device), VaeImageProcessor()
-    scaled = ((latent[None] / scaling).to(device, torch.bfloat16) for latent in latents)
-    return [processor.postprocess(vae.decode(latent).sample.cpu())[0] for latent in scaled]
+    scaled = [[(latent[None] / scaling).to(device, torch.bfloat16) for latent in row] for row in table]
+    return [[processor.postprocess(vae.decode(latent).sample.cpu())[0] for latent in row] for row in scaled]
 
 
 def spread(jobs, work, title):
@@ -934,20 +950,22 @@ def validate(model, frame, stream, base, step):
     if RANK == 0:
         table = []
         for number, case in enumerate(encoded.cases):
-            row = [encoded.latent(case.control), *(latents[number, n] for n in range(c.num_validation_images))]
-            row += [encoded.latent(case.image)] if case.image else []
-            table.append((case.text, decode(base, row, encoded.scaling, device)))
+            drawn = [latents[number, n] for n in range(c.num_validation_images)]
+            target = [encoded.latent(case.image)] if case.image else []
+            table.append((case.text, [encoded.latent(case.control), *drawn, *target]))
         headings = ["control", *["generated"] * c.num_validation_images, "target"]
+        images = decode(base, [row for _, row in table], encoded.scaling, device)
+        table = [(text, row) for (text, _), row in zip(table, images)]
         save_grid(Path(c.output_dir, "validation", f"step-{step}.png"), table, headings)
 
 
 def log_samples(stream, base, device):
     """dataset_samples.png: image | control | overlay of what the model is fed, decoded from the cache, with token counts."""
+    encoded, rows = stream.encoded, stream.encoded.train[:SHEET_ROWS]
+    latents = [[encoded.latent(row.image), encoded.latent(row.control)] for row in rows]
     table = []
-    for row in stream.encoded.train[:SHEET_ROWS]:
-        latents = [stream.encoded.latent(row.image), stream.encoded.latent(row.control)]
-        image, control = decode(base, latents, stream.encoded.scaling, device)
-        title = f"row {row.id}, {stream.encoded.index[row.caption][1]} tokens: {row.text}"
+    for row, (image, control) in zip(rows, decode(base, latents, encoded.scaling, device)):
+        title = f"row {row.id}, {encoded.index[row.caption][1]} tokens: {row.text}"
         table.append((title, [image, control, Image.blend(image, control, 0.5)]))
     save_grid(Path(stream.config.output_dir, "dataset_samples.png"), table, ["image", "control", "overlay"])
 
@@ -984,8 +1002,19 @@ def start_ranks():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients were seen with masks; flash and efficient kernels remain
     deepspeed.init_distributed(timeout=PATIENCE, verbose=False)
     return torch.device(accelerator.current_device_name())
+
+
+def check_engine(settings):
+    """DeepSpeed's own judgement of its settings, before an hour of encoding. Raises Refusal."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        DeepSpeedConfig(json.loads(json.dumps(settings)))
+    except Exception as error:  # pydantic's, assertions, and more
+        raise Refusal(f"ds_config.json: DeepSpeed does not take it: {error}")
 
 
 def start_engine(config, settings, model):
@@ -993,10 +1022,14 @@ def start_engine(config, settings, model):
     import deepspeed
 
     parameters = [p for p in model.parameters() if p.requires_grad]
-    offloaded = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    zero = settings.get("zero_optimization", {})
+    offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
     make = deepspeed.ops.adam.DeepSpeedCPUAdam if offloaded else functools.partial(torch.optim.AdamW, fused=True)
-    optimizer = None if "optimizer" in settings else make(parameters, lr=config.learning_rate)
-    return deepspeed.initialize(model=model, model_parameters=parameters, optimizer=optimizer, config=settings)[0]
+    optimizer = None if "optimizer" in settings else make(parameters, lr=0.0)  # set_optimizer says the rest at each step
+    engine = deepspeed.initialize(model=model, model_parameters=parameters, optimizer=optimizer, config=settings)[0]
+    for state in engine.basic_optimizer.state.values():  # made by a step without gradients, which stage 0 counts
+        state["step"] = 0 * state["step"]
+    return engine
 
 
 def set_optimizer(engine, config, rate):
@@ -1029,14 +1062,15 @@ def export(engine, folder, upcast):
         engine.module.save_config(folder)
         pattern = "diffusion_pytorch_model{suffix}.safetensors"
         save_torch_state_dict(state, folder, filename_pattern=pattern, max_shard_size="10GB")
+        for file in folder.glob("*.safetensors"):
+            file.chmod((folder / "config.json").stat().st_mode)  # as in write_aside
 
 
 def checksums(folder):
     """{relative path: [bytes, SHA-256]} of the files of a checkpoint, the reading split over the ranks."""
     mine = {}
     for file in sorted(f for f in folder.rglob("*") if f.is_file() and f.name != "manifest.json")[RANK::WORLD]:
-        with open(file, "rb") as stream:
-            mine[str(file.relative_to(folder))] = [file.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()]
+        mine[str(file.relative_to(folder))] = [file.stat().st_size, file_digest(file)]
     return dict(sorted(item for part in gather(mine) for item in part.items()))
 
 
@@ -1044,8 +1078,8 @@ def save_checkpoint(engine, config, step, identity):
     """checkpoint-<step>: state and weights written aside, the manifest with their checksums last, then renamed."""
     final = Path(config.output_dir, f"checkpoint-{step}")
     aside = final.with_name(f".{final.name}.tmp")
-    if RANK == 0:
-        shutil.rmtree(aside, ignore_errors=True)
+    for left in final.parent.glob(".checkpoint-*.tmp") if RANK == 0 else ():
+        shutil.rmtree(left)  # of a save that was killed
     dist.barrier()
     engine.save_checkpoint(str(aside / "state"), tag="engine")
     export(engine, aside / "transformer", config.upcast_before_saving)
@@ -1053,20 +1087,26 @@ def save_checkpoint(engine, config, step, identity):
     files = checksums(aside)
     if RANK == 0:
         base = Path(config.pretrained_model_name_or_path)
-        manifest = {"step": step, "samples": step * config.total_batch_size, "stream": identity, "files": files,
+        manifest = {"step": step, "samples": step * config.total_batch_size, "identity": identity, "files": files,
                     "base": str(base.absolute() if base.is_dir() else base)}  # fmt: skip
         write_aside(aside / "manifest.json", lambda path: path.write_text(json.dumps(manifest, indent=1)))
         shutil.rmtree(final, ignore_errors=True)  # of the same step, if an older checkpoint was chosen to go on from
         os.replace(aside, final)
-        for old in checkpoints(config.output_dir)[: -config.checkpoints_total_limit or -sys.maxsize]:
+        # what was passed over as damaged has a higher step: it goes first, then the oldest; never the one just written
+        others = sorted(checkpoints(config.output_dir), key=lambda c: (step_of(c) <= step, step_of(c)))[:-1]
+        keep = config.checkpoints_total_limit - 1
+        for old in others[: len(others) - keep] if 0 <= keep < len(others) else ():
             shutil.rmtree(old)
     dist.barrier()
 
 
 def checkpoints(folder):
     """Folders checkpoint-<step>, oldest first."""
-    found = [f for f in Path(folder).glob("checkpoint-*") if f.name.split("-")[1].isdigit()]
-    return sorted(found, key=lambda f: int(f.name.split("-")[1]))
+    return sorted((f for f in Path(folder).glob("checkpoint-*") if f.name.split("-")[1].isdigit()), key=step_of)
+
+
+def step_of(checkpoint):
+    return int(checkpoint.name.split("-")[1])
 
 
 def find_checkpoint(config):
@@ -1077,8 +1117,12 @@ def find_checkpoint(config):
     refuse_if(wanted == "none" and present, f"--resume_from_checkpoint none: {config.output_dir} holds checkpoints; "
               "choose another --output_dir or move them away")  # fmt: skip
     if wanted not in ("latest", "none"):
-        present = [p for p in (Path(wanted), Path(config.output_dir, wanted)) if p.is_dir()][:1]
-        refuse_if(not present, f"--resume_from_checkpoint {wanted}: no such folder")
+        chosen = [p for p in (Path(wanted), Path(config.output_dir, wanted)) if p.is_dir()][:1]
+        refuse_if(not chosen, f"--resume_from_checkpoint {wanted}: no such folder")
+        newer = present and present[-1].absolute() != chosen[0].absolute()
+        refuse_if(newer, f"--resume_from_checkpoint {wanted}: {config.output_dir} holds {present and present[-1].name}; "
+                  "leave the flag out to go on from it, or move it away")  # fmt: skip
+        present = chosen
     for checkpoint in reversed(present):
         try:
             manifest = json.loads((checkpoint / "manifest.json").read_text())
@@ -1090,18 +1134,20 @@ def find_checkpoint(config):
     return None, None
 
 
-def stream_identity(config):
-    """What decides which samples a run sees; a checkpoint only goes on where it is the same."""
+def identity_of(config, settings):
+    """What decides which samples a run sees and what its state looks like: a checkpoint goes on where it is the same."""
     names = ("seed", "total_batch_size", "resolution", "max_sequence_length", "control", "proportion_empty_prompts",
-             "weighting_scheme", "logit_mean", "logit_std", "mode_scale")  # fmt: skip
-    return {"number of ranks": WORLD} | {name: getattr(config, name) for name in names}
+             "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "mixed_precision",
+             "only_target_transformer_blocks")  # fmt: skip
+    engine = {"number of ranks": WORLD, "ZeRO stage": settings.get("zero_optimization", {}).get("stage", 0)}
+    return {name: getattr(config, name) for name in names} | engine
 
 
-def refuse_other_stream(found, manifest, identity):
+def refuse_another(found, manifest, identity):
     for name, now in identity.items() if found else ():
-        saved = manifest["stream"].get(name)
-        refuse_if(saved != now, f"{found} was made with {name} = {saved}, now it is {now}: the run would not go on with "
-                  "the same samples; restore it, or start in another --output_dir")  # fmt: skip
+        saved = manifest["identity"].get(name)
+        refuse_if(saved != now, f"{found} was made with {name} = {saved}, now it is {now}: the run would not go on as "
+                  "it began; restore it, or start in another --output_dir")  # fmt: skip
 
 
 # === 10. the loop =====================================================================================================
@@ -1120,6 +1166,7 @@ class Log:
 
     def write(self, kind, step, values):
         if RANK == 0:
+            values = {name: None if value in (math.inf, -math.inf) or value != value else value for name, value in values.items()}
             with open(self.file, "a") as file:
                 file.write(json.dumps({"step": step} | values) + "\n")
             scalars = {name: value for name, value in values.items() if isinstance(value, (int, float))}
@@ -1156,7 +1203,7 @@ def train(engine, stream, frame, base, identity, start, steps):
             losses.append(loss.detach())
         loss, norm = torch.stack(losses).mean() / WORLD, engine.get_global_grad_norm()
         dist.all_reduce(loss)
-        loss, norm = loss.item(), None if norm is None else float(norm)  # waits for the device, so that the clock is true
+        loss, norm = loss.item(), math.nan if norm is None else float(norm)  # waits for the device: the clock is true
         speed = c.total_batch_size / (time.perf_counter() - clock)
         log.write("train", step, {"samples": step * c.total_batch_size, "loss": loss, "lr": rate(step - 1),
                                   "grad_norm": norm, "samples_per_s": speed})  # fmt: skip
@@ -1168,49 +1215,62 @@ def train(engine, stream, frame, base, identity, start, steps):
 # === 11. main =========================================================================================================
 
 
-def find_base(config, name):
+def find_base(config, name, patterns=("*.json", "*.safetensors", "*.txt", "*.model")):
     """Folders of the base and of its transformer. A checkpoint made here is a transformer only: the rest is its base's."""
-    if Path(name, "manifest.json").exists():
-        manifest = json.loads(Path(name, "manifest.json").read_text())
-        return find_base(config, manifest["base"])[0], Path(name, "transformer")
-    if Path(name).is_dir():
-        return Path(name), Path(name, "transformer")
-    from huggingface_hub import snapshot_download
+    path = Path(name)
+    for checkpoint in (path, path.parent):
+        if (checkpoint / "manifest.json").exists():
+            manifest = json.loads((checkpoint / "manifest.json").read_text() or "{}")
+            refuse_if("base" not in manifest, f"{checkpoint}: its manifest.json does not name a base")
+            return find_base(config, manifest["base"], patterns)[0], checkpoint / "transformer"
+    if not path.is_dir():
+        from huggingface_hub import snapshot_download
 
-    patterns = ["*.json"] if config.dry_run else ["*.json", "*.safetensors", "*.txt", "*.model"]
-    try:
-        folder = snapshot_download(name, revision=config.revision, cache_dir=config.cache_dir, allow_patterns=patterns)
-    except Exception as error:  # no name, no network, no access: each has a class of its own
-        why = f"no such folder, and not to be had from the hub: {first_line(error)}"
-        raise Refusal(f"--pretrained_model_name_or_path {name}: {why}")
-    return Path(folder), Path(folder, "transformer")
+        where = dict(revision=config.revision, cache_dir=config.cache_dir)
+        try:
+            path = Path(snapshot_download(name, allow_patterns=patterns, **where))
+        except Exception as error:  # no name, no network, no access: each has a class of its own
+            why = f"no such folder, and not to be had from the hub: {error!r}"
+            raise Refusal(f"--pretrained_model_name_or_path {name}: {why}")
+    return path, path / "transformer"
 
 
 def check_base(config, base, transformer):
     """All parts are there, and are what this file knows how to train. Raises Refusal."""
-    folders = {name: base / name for name in ("scheduler", "text_encoder", "vae")} | {"transformer": transformer}
-    shapes, name_of_base = {}, f"base {config.pretrained_model_name_or_path}"
-    for name, folder in folders.items():
-        file = folder / ("scheduler_config.json" if name == "scheduler" else "config.json")
+    shapes, name = {}, f"base {config.pretrained_model_name_or_path}"
+    for file in ("model_index.json", "tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json",
+                 "text_encoder/config.json", "vae/config.json", "transformer/config.json"):  # fmt: skip
+        part = file.split("/")[0]
+        path = transformer / "config.json" if part == "transformer" else base / file
         try:
-            shapes[name] = json.loads(file.read_text())
+            shapes[part] = json.loads(path.read_text())
         except (OSError, ValueError):
-            raise Refusal(f"{name_of_base}: {file} is missing or not JSON")
-        found = name == "scheduler" or config.dry_run or weight_files(folder, config.variant) or weight_files(folder)
-        refuse_if(not found, f"{name_of_base}: no safetensors in {folder}")
+            raise Refusal(f"{name}: {path} is missing or not JSON")
     known = {"use_dynamic_shifting": True, "time_shift_type": "linear", "base_shift": BASE_SHIFT, "max_shift": MAX_SHIFT,
              "base_image_seq_len": BASE_TOKENS, "num_train_timesteps": TIMESTEPS}  # fmt: skip
-    shifts = {name: shapes["scheduler"].get(name) for name in known}
-    refuse_if(shifts != known, f"{name_of_base}: its scheduler is not CogView4's: {shifts}")
-    kind = shapes["transformer"]["patch_size"] * PIXELS_PER_LATENT, shapes["vae"]["latent_channels"]
-    refuse_if(kind != (PIXELS_PER_TOKEN, LATENT_CHANNELS), f"{name_of_base}: patches or latents are not CogView4's")
+    shifts = {key: shapes["scheduler"].get(key) for key in known}
+    refuse_if(shifts != known, f"{name}: its scheduler is not CogView4's: {shifts}")
+    kind = [shapes["transformer"].get(key) for key in ("patch_size", "out_channels")] + [shapes["vae"].get("latent_channels")]
+    inputs = shapes["transformer"].get("in_channels") in (LATENT_CHANNELS, 2 * LATENT_CHANNELS)
+    refuse_if(kind != [2, LATENT_CHANNELS, LATENT_CHANNELS] or not inputs, f"{name}: patches or channels are not CogView4's")
+
+
+def check_weights(config, base, transformer):
+    """The safetensors of all parts are there, all shards of them. Raises Refusal."""
+    for folder in (base / "text_encoder", base / "vae", transformer):
+        files = weight_files(folder, config.variant)
+        index = [*folder.glob("*.index.json")] if not config.variant else []
+        shards = {shard for file in index for shard in json.loads(file.read_text())["weight_map"].values()}
+        missing = shards - {file.name for file in files}
+        refuse_if(not files or missing, f"base: no safetensors in {folder}{f' for {missing}' if missing else ''}")
 
 
 def write_run(config, settings, start, steps):
     """run.json: what ran, with what, on what."""
     from importlib.metadata import version
 
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
+    git = f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD 2>/dev/null"
+    git = subprocess.run(git, shell=True, capture_output=True, text=True)  # by a shell: git need not be there
     packages = {name: version(name) for name in ("torch", "deepspeed", "diffusers", "transformers")}
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     run = {"command": sys.argv, "start_step": start, "steps": steps, "config": dataclasses.asdict(config),
@@ -1219,9 +1279,9 @@ def write_run(config, settings, start, steps):
     write_aside(Path(config.output_dir, "run.json"), lambda path: path.write_text(json.dumps(run, indent=1)))
 
 
-def publish(config, step):
+def publish(config, checkpoint):
     """The last checkpoint's weights as config.json + safetensors in output_dir: hard links, or copies."""
-    for file in Path(config.output_dir, f"checkpoint-{step}", "transformer").iterdir():
+    for file in (checkpoint / "transformer").iterdir():
         final = Path(config.output_dir, file.name)
         final.unlink(missing_ok=True)
         try:
@@ -1235,55 +1295,55 @@ def run(config):
     c = resolve(config, WORLD)
     check(c)
     settings = engine_settings(c)
-    base, transformer = find_base(c, c.pretrained_model_name_or_path)
-    check_base(c, base, transformer)
-    rows, _ = open_dataset(c), c.control == "column" or load_detector(c.control)
-
-    def count_steps(rows):
-        few = f"{rows} rows to train on are fewer than one global batch of {c.total_batch_size}"
-        refuse_if(rows < c.total_batch_size, few)
-        return c.max_train_steps or math.ceil(c.num_train_epochs * rows / c.total_batch_size)
-
+    check_base(c, *find_base(c, c.pretrained_model_name_or_path, ["*.json"]))
+    rows = open_dataset(c)
     held_out = min(c.probe_samples, len(rows) // 10)
-    plan = (f"{len(rows)} rows, {held_out} held out; {c.resolution} px; {WORLD} ranks x batch {c.train_batch_size} x "
-            f"{c.gradient_accumulation_steps} = {c.total_batch_size} samples a step; "
-            f"{count_steps(len(rows) - held_out)} steps -> {c.output_dir}")  # fmt: skip
+    steps = count_steps(c, len(rows) - held_out)
     if RANK == 0:
-        print(plan)
+        print(f"{len(rows)} rows, {held_out} held out; {c.resolution} px; {WORLD} ranks x batch {c.train_batch_size} x "
+              f"{c.gradient_accumulation_steps} = {c.total_batch_size} samples a step; {steps} steps -> {c.output_dir}")  # fmt: skip
     if c.dry_run:
         return
+    base, transformer = find_base(c, c.pretrained_model_name_or_path)
+    check_weights(c, base, transformer)
+    c.control == "column" or load_detector(c.control)
     device = start_ranks()
+    check_engine(settings)
     torch.manual_seed(c.seed)
     torch.backends.cuda.matmul.allow_tf32 = c.allow_tf32
-    found, manifest = find_checkpoint(c)
-    identity = stream_identity(c)
-    refuse_other_stream(found, manifest, identity)
+    (found, manifest), identity = find_checkpoint(c), identity_of(c, settings)
+    refuse_another(found, manifest, identity)
     Path(c.output_dir).mkdir(parents=True, exist_ok=True)
     encoded = encode(c, base, rows, device)
-    steps = count_steps(len(encoded.train))
+    steps = count_steps(c, len(encoded.train))
     identity |= {"rows": len(encoded.train), "content of the rows": digest(*(part for row in encoded.train for part in row))}
-    refuse_other_stream(found, manifest, identity)
+    refuse_another(found, manifest, identity)
 
     dtype = torch.bfloat16 if c.mixed_precision == "bf16" else torch.float32
     model = load_transformer(transformer, c.variant, dtype, device)
     choose_trainable(model, c.only_target_transformer_blocks)
     if c.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    frame, engine, start = prepare(model, c.resolution, device, dtype), start_engine(c, settings, model), 0
+    frame, engine = prepare(model, c.resolution, device, dtype), start_engine(c, settings, model)
+    stream, start = Stream(c, encoded, RANK, WORLD), manifest["step"] if found else 0
     if found:
         engine.load_checkpoint(str(found / "state"), tag="engine")
-        start = manifest["step"]
     if RANK == 0:
         write_run(c, settings, start, steps)
-    stream = Stream(c, encoded, RANK, WORLD)
-    if c.log_dataset_samples and RANK == 0:
-        log_samples(stream, base, device)
+        log_samples(stream, base, device) if c.log_dataset_samples else None
     train(engine, stream, frame, base, identity, start, steps)
     if RANK == 0:
-        publish(c, max(start, steps))
+        publish(c, Path(c.output_dir, f"checkpoint-{steps}") if start < steps else found)
         print(f"done: weights in {c.output_dir}, pictures in {Path(c.output_dir, 'validation')}")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def count_steps(config, rows):
+    """Optimizer steps of a run over `rows` rows. Raises Refusal where they do not fill one global batch."""
+    total = config.total_batch_size
+    refuse_if(rows < total, f"{rows} rows to train on are fewer than one global batch of {total}")
+    return config.max_train_steps or math.ceil(config.num_train_epochs * rows / total)
 
 
 def main(argv=None):
@@ -1291,10 +1351,8 @@ def main(argv=None):
     try:
         run(parse(argv))
     except Refusal as refusal:
-        if RANK == 0:
-            print(f"cv4ctrl.py: {refusal}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(10)  # rank 0 says the same; the launcher ends us once it has spoken
+        time.sleep(10 * (RANK > 0))  # rank 0 mostly says the same, and the launcher ends us once it has spoken
+        tqdm.write(f"cv4ctrl.py: {refusal}", file=sys.stderr)
         sys.exit(2)
 
 

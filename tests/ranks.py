@@ -107,11 +107,34 @@ def die_while_encoding(argv, after):
     cv4ctrl.main(argv)
 
 
+def stop_after_saving(argv, step):
+    """Run a command line and stop once the checkpoint of `step` is there."""
+    import cv4ctrl
+
+    save = cv4ctrl.save_checkpoint
+
+    def save_and_stop(engine, config, now, identity):
+        save(engine, config, now, identity)
+        if now == step:
+            raise StopIteration
+
+    cv4ctrl.save_checkpoint = save_and_stop
+    try:
+        cv4ctrl.main(argv)
+    except StopIteration:
+        pass
+    finally:
+        cv4ctrl.save_checkpoint = save
+
+
 def cost_of_a_step(argv):
-    """[seconds a step of the trainer, seconds of a bare forward + backward + AdamW on one batch], one after the other, medians."""
+    """[seconds a step of the trainer, seconds of a bare forward + backward + AdamW on one batch], one after the other, medians.
+
+    Bare: the installed model with its own attention, nothing of ours but the batch."""
     import statistics
 
     import torch
+    from diffusers import CogView4Transformer2DModel
 
     import cv4ctrl
 
@@ -119,9 +142,11 @@ def cost_of_a_step(argv):
     device, base = cv4ctrl.start_ranks(), Path(c.pretrained_model_name_or_path)
     encoded = cv4ctrl.encode(c, base, cv4ctrl.open_dataset(c), device)
     model = cv4ctrl.load_transformer(base / "transformer", None, torch.float32, device)
-    frame = cv4ctrl.prepare(model, c.resolution, device, torch.float32)
+    assert isinstance(model, CogView4Transformer2DModel)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     batch = next(cv4ctrl.micro_batches(cv4ctrl.Stream(c, encoded, 0, 1), 0, 1, device))
+    size = torch.full((len(batch["latent"]), 2), float(c.resolution))
+    inputs = torch.cat([batch["latent"], batch["control"]], 1), batch["prompt_embeds"].float(), batch["timestep"], size, size, 0 * size
     trained, bare, write = [], [], cv4ctrl.Log.write
 
     def write_and_do_a_bare_step(log, kind, step, values):
@@ -130,7 +155,7 @@ def cost_of_a_step(argv):
             return
         trained.append(c.total_batch_size / values["samples_per_s"])
         clock = time.perf_counter()
-        cv4ctrl.batch_loss(model, frame, batch, "none").backward()
+        torch.nn.functional.mse_loss(model(*inputs, return_dict=False)[0], batch["noise"]).backward()
         optimizer.step()
         optimizer.zero_grad()
         bare.append(time.perf_counter() - clock)

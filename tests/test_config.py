@@ -64,7 +64,9 @@ def test_scale_lr_multiplies_by_the_samples_a_step():
     (["--train_batch_size", "many"], ["train_batch_size", "many"]),
     (["--train_batch_size", "0"], ["train_batch_size", "at least 1"]),
     (["--learning_rate", "nan"], ["learning_rate", "finite"]),
-    (["--learning_rate", "-1"], ["learning_rate"]),
+    (["--learning_rate", "-1"], ["learning_rate"]), (["--adam_beta2", "1"], ["adam_beta2"]),
+    (["--lr_scheduler", "polynomial", "--learning_rate", "1e-8"], ["polynomial", "1e-7"]),
+    (["--output_dir", "runs[1]"], ["runs[1]"]), (["--detect_validation_image"], ["--control"]),
     (["--resolution", "1000"], ["resolution", "multiple of 16"]),
     (["--proportion_empty_prompts", "1.5"], ["proportion_empty_prompts", "0 .. 1"]),
     (["--mixed_precision", "fp16"], ["fp16", "bf16", "fp32"]),
@@ -109,6 +111,7 @@ def test_two_trackers_that_are_not_installed(flags, refused, tmp_path, monkeypat
 @pytest.mark.parametrize("changes", [
     {"fp16": {"enabled": True}}, {"fp16": {"enabled": "auto"}}, {"amp": {"enabled": True}}, {"fp8": {"enabled": True}},
     {"communication_data_type": "fp16"}, {"data_types": {"grad_accum_dtype": "fp16"}},
+    {"communication_data_type": "FP16"}, {"data_types": {"grad_accum_dtype": "torch.float8_e4m3fn"}},
     {"torch_autocast": {"enabled": True, "dtype": "float16"}}, {"torch_autocast": {"enabled": True, "dtype": "torch.float16"}},
 ])  # fmt: skip
 @pytest.mark.parametrize("flag", [[], ["--mixed_precision", "fp16"]])
@@ -139,6 +142,8 @@ def test_half_precision_is_refused_before_anything_heavy_is_imported(tmp_path):
     ({"optimizer": {"type": "AdamW", "params": {"lr": 0.1}}}, ["optimizer.params.lr = 0.1", "--learning_rate"]),
     ({"optimizer": {"type": "AdamW", "params": {"betas": [0.5, 0.5]}}}, ["optimizer.params.betas", "--adam_beta1"]),
     ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "--lr_scheduler"]),
+    ({"zero_optimization": True}, ["zero_optimization", "object"]), ({"bf16": True}, ["bf16", "object"]),
+    ({"optimizer": {"type": "AdamW", "params": 3}}, ["optimizer", "object"]),
     ({"zero_optimization": {"stage": "auto"}}, ["zero_optimization.stage", "auto"]),
 ])  # fmt: skip
 def test_file_and_flag_that_contradict_are_both_named(changes, words, flags, refused, engine_file, tmp_path):
@@ -170,7 +175,10 @@ def test_an_empty_data_set_and_a_base_without_parts(flags, refused, base, tmp_pa
     (tmp_path / "part" / "scheduler").mkdir(parents=True)
     scheduler = json.loads((base / "scheduler/scheduler_config.json").read_text())
     (tmp_path / "part/scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
-    assert "text_encoder" in refused(flags(tmp_path / "out", pretrained_model_name_or_path=tmp_path / "part"))
+    assert "model_index.json" in refused(flags(tmp_path / "out", pretrained_model_name_or_path=tmp_path / "part"))
+    for file, word in (("manifest.json", "does not name a base"),):
+        (tmp_path / "part" / file).write_text("{}")
+        assert word in refused(flags(tmp_path / "out", pretrained_model_name_or_path=tmp_path / "part"))
     other = tmp_path / "other"
     cv4ctrl.shutil.copytree(base, other)
     (other / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler | {"max_shift": 1.15}))

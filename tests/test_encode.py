@@ -219,3 +219,22 @@ def test_fingerprint_reads_content_not_names(tmp_path):
         Path(tmp_path, name, "model.safetensors").write_bytes(content)
     a, b, c = (cv4ctrl.fingerprint(tmp_path / name) for name in "abc")
     assert a == b != c
+    Path(tmp_path, "blobs").mkdir()
+    for name, content in (("d" * 64, b"1"), ("e" * 64, b"2")):  # the hub's cache: links to blobs that are named by their SHA-256
+        Path(tmp_path, "blobs", name).write_bytes(content)
+        Path(tmp_path, name).mkdir()
+        Path(tmp_path, name, "model.safetensors").symlink_to(tmp_path / "blobs" / name)
+    linked = [cv4ctrl.fingerprint(tmp_path / name) for name in ("d" * 64, "e" * 64)]
+    Path(tmp_path, "blobs", "d" * 64).write_bytes(b"not read again")
+    assert linked[0] != linked[1] and cv4ctrl.fingerprint(tmp_path / ("d" * 64)) == linked[0]
+
+
+def test_the_cache_can_be_read_by_others(run, tmp_path):
+    import os
+
+    before = os.umask(0o022)
+    try:
+        run(tiny.make_rows(1))
+    finally:
+        os.umask(before)
+    assert {f.stat().st_mode & 0o777 for f in (tmp_path / "cache").iterdir()} == {0o644}

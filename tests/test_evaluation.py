@@ -8,19 +8,23 @@ from PIL import Image
 import cv4ctrl
 
 
-@pytest.fixture(scope="module")
-def model(base):
-    """Widened model whose control columns are not zero."""
+def widened(base):
+    """Widened model whose control columns are not zero, with the installed attention."""
     model = cv4ctrl.load_transformer(base / "transformer", None, torch.float32, torch.device("cpu"))
     with torch.no_grad():
         model.patch_embed.proj.weight[:, 64:].normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     return model
 
 
+@pytest.fixture(scope="module")
+def model(base):
+    return widened(base)
+
+
 @pytest.mark.parametrize("guidance", [1.0, 3.5])
 @pytest.mark.parametrize("side", [64, 96])
 def test_sampler_equals_the_pipeline(base, model, guidance, side):
-    pipe = CogView4ControlPipeline.from_pretrained(base, transformer=model, torch_dtype=torch.float32)
+    pipe = CogView4ControlPipeline.from_pretrained(base, transformer=widened(base), torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     control_image, prompt = Image.effect_noise((side, side), 60).convert("RGB"), "a red circle on pale green, seen from above"
     noise = torch.randn(1, 16, side // 8, side // 8, generator=torch.Generator().manual_seed(1))
@@ -46,7 +50,7 @@ def test_decoded_pictures_are_the_pipelines(base):
     vae = cv4ctrl.load_vae(base)
     pipe = CogView4ControlPipeline.from_pretrained(base, transformer=None, text_encoder=None, vae=vae, tokenizer=None)
     latents = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
-    ours = cv4ctrl.decode(base, latents, 1.0, torch.device("cpu"))
+    (ours,) = cv4ctrl.decode(base, [latents], 1.0, torch.device("cpu"))
     with torch.no_grad():
         theirs = pipe.image_processor.postprocess(pipe.vae.decode(latents.bfloat16()).sample, "np")
     for image, expected in zip(ours, theirs):

@@ -8,9 +8,8 @@ from PIL import Image
 import cv4ctrl
 
 
-@pytest.fixture(scope="module")
-def model(base):
-    """Widened model whose control columns are not zero, so that a wrong control shows."""
+def widened(base):
+    """Widened model whose control columns are not zero, so that a wrong control shows, with the installed attention."""
     model = cv4ctrl.load_transformer(base / "transformer", None, torch.float32, torch.device("cpu"))
     with torch.no_grad():
         model.patch_embed.proj.weight[:, 64:].normal_(std=0.1, generator=torch.Generator().manual_seed(0))
@@ -18,15 +17,20 @@ def model(base):
 
 
 @pytest.fixture(scope="module")
-def pipe(base, model):
-    pipe = CogView4ControlPipeline.from_pretrained(base, transformer=model, torch_dtype=torch.float32)
+def model(base):
+    return widened(base)
+
+
+@pytest.fixture(scope="module")
+def pipe(base):
+    """The pipeline on a model that we did not touch."""
+    pipe = CogView4ControlPipeline.from_pretrained(base, transformer=widened(base), torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 @pytest.fixture(scope="module")
-def frame(model, pipe):
-    """Prepared, but with the pipeline's own attention on the model: prepare() is what `ours` below turns on."""
+def frame(model):
     return cv4ctrl.prepare(model, 64, torch.device("cpu"), torch.float32)
 
 
@@ -44,18 +48,19 @@ def spy(model, monkeypatch):
 
 
 def test_keyword_arguments_are_the_pipelines(model, pipe, frame, monkeypatch):
-    calls = spy(model, monkeypatch)
+    calls, ours_called = spy(pipe.transformer, monkeypatch), spy(model, monkeypatch)
     control = Image.new("RGB", (64, 64), "white")
     generator = torch.Generator().manual_seed(0)
     pipe("a red circle", control_image=control, height=64, width=64, num_inference_steps=5, guidance_scale=1.0, generator=generator)
     theirs = list(calls)
+    assert len(theirs) == 5
     timesteps = cv4ctrl.inference_timesteps(5)
     assert [call["timestep"].item() for call in theirs] == timesteps.tolist()  # unshifted: fails on diffusers 0.40 and 0.41
     for call, t in zip(theirs, timesteps):
-        calls.clear()
+        ours_called.clear()
         noisy, control = call["hidden_states"].chunk(2, 1)
         cv4ctrl.predict(model, frame, noisy, control, call["encoder_hidden_states"], None, t.expand(1))
-        ours = dict(calls[0])
+        ours = dict(ours_called[0])
         assert ours.pop("attention_mask") is None
         cos, sin = ours.pop("image_rotary_emb")
         assert all(torch.equal(a, b) for a, b in zip((cos, sin), model.rope(noisy)))
