@@ -63,8 +63,8 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 HALF = ("fp16", "float16", "half", "fp8", "float8", "float8_e4m3fn", "float8_e5m2", "amp")  # not in ds_config.json
 DETECTORS = {  # classes of controlnet_aux that need its core packages only; all but canny load weights
     "canny": "CannyDetector", "hed": "HEDdetector", "leres": "LeresDetector", "lineart": "LineartDetector",
-    "lineart_anime": "LineartAnimeDetector", "midas": "MidasDetector", "mlsd": "MLSDdetector",
-    "normalbae": "NormalBaeDetector", "openpose": "OpenposeDetector", "pidinet": "PidiNetDetector", "zoe": "ZoeDetector",
+    "lineart_anime": "LineartAnimeDetector", "midas": "MidasDetector", "mlsd": "MLSDdetector", "zoe": "ZoeDetector",
+    "normalbae": "NormalBaeDetector", "openpose": "OpenposeDetector", "pidinet": "PidiNetDetector",
 }  # fmt: skip
 DETECTOR_WEIGHTS = "lllyasviel/Annotators"
 NOT_HERE = {
@@ -86,6 +86,12 @@ class Refusal(Exception):
 def refuse_if(wrong, why):
     if wrong:
         raise Refusal(why)
+
+
+def reason(error):
+    """What lies behind an exception of a library, in its first line."""
+    root = error.__cause__ or error
+    return getattr(root, "strerror", None) or next(iter(str(root).strip().splitlines()), type(root).__name__)
 
 
 def flag(default, help, **more):
@@ -110,7 +116,7 @@ class Config:
     caption_column: str = flag("text", "column of the caption; of a list of captions the longest is taken")
     log_dataset_samples: bool = flag(False, "write dataset_samples.png: what the model is fed, decoded from the cache")
     skip_bad_rows: bool = flag(False, "leave out rows that cannot be read, and count them; otherwise they are an error")
-    control: str = flag("column", "the control is a column, or controlnet_aux makes it from the target", choices=("column", *DETECTORS))
+    control: str = flag("column", "a column, or what makes it from the target", choices=("column", *DETECTORS))
     resolution: int = flag(1024, "pixels, a multiple of 16; images are resized to this square, not cropped", least=16)
     max_sequence_length: int = flag(1024, "tokens after which a caption is cut", least=16)
     encoded_dir: str | None = flag(None, "cache of encoded data, may be shared; without it OUTPUT_DIR/encoded")
@@ -199,9 +205,10 @@ def resolve(config, world):
         refuse_if(wrong, f"--{field.name} {value}: must be a finite number, at least {least}")
     total = c.total_batch_size or together * c.gradient_accumulation_steps
     accumulation, rest = divmod(total, together)
-    refuse_if(rest, f"--total_batch_size {total} is not a multiple of --train_batch_size {c.train_batch_size} x {world}")
-    refuse_if(c.gradient_accumulation_steps not in (1, accumulation), f"--total_batch_size {total} is an "
-              f"accumulation of {accumulation}, but --gradient_accumulation_steps is {c.gradient_accumulation_steps}")  # fmt: skip
+    asked, micro = c.gradient_accumulation_steps, c.train_batch_size
+    refuse_if(rest, f"--total_batch_size {total} is not a multiple of --train_batch_size {micro} x {world} ranks")
+    why = f"--total_batch_size {total} is an accumulation of {accumulation}, --gradient_accumulation_steps is {asked}"
+    refuse_if(asked not in (1, accumulation), why)
     rate = c.learning_rate * (total if c.scale_lr else 1)
     return dataclasses.replace(c, total_batch_size=total, gradient_accumulation_steps=accumulation, learning_rate=rate,
                                scale_lr=False, encoded_dir=c.encoded_dir or f"{c.output_dir}/encoded")  # fmt: skip
@@ -229,7 +236,7 @@ def check(config):
         try:
             Image.open(path).load()
         except Exception as error:  # decoders raise whatever they like
-            raise Refusal(f"--validation_image {path}: {error!r}")
+            raise Refusal(f"--validation_image {path}: {reason(error)}")
     for name in ("tensorboard", "wandb"):
         refuse_if(c.report_to in (name, "all") and not importlib.util.find_spec(name),
                   f"--report_to {c.report_to} needs {name}, which is not installed: pip install {name}")  # fmt: skip
@@ -237,7 +244,7 @@ def check(config):
         there = next(p for p in (path, *path.parents) if os.path.exists(p))
         writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
         refuse_if(not writable, f"--{name} {path}: {there} is not a folder that can be written to")
-        refuse_if(set("[]*?") & set(str(path)), f"--{name} {path}: DeepSpeed cannot find files again where names have []*?")
+        refuse_if(set("[]*?") & set(str(path)), f"--{name} {path}: DeepSpeed finds no files again in names with []*?")
 
 
 def engine_settings(config):
@@ -250,12 +257,11 @@ def engine_settings(config):
         settings = json.loads(path.read_text())
         refuse_if(not isinstance(settings, dict), f"--deepspeed_config {path}: must be a JSON object")
     except (OSError, ValueError) as error:
-        raise Refusal(f"--deepspeed_config {path}: {getattr(error, 'strerror', None) or f'not JSON: {error}'}")
-    for name in ("zero_optimization", "bf16", "optimizer", "data_types"):
-        section = settings.get(name, {})
-        parts = [section, *(section.get(part, {}) for part in ("params", "offload_optimizer") if isinstance(section, dict))]
-        refuse_if(not all(isinstance(part, dict) for part in parts), f"{path.name}: {name} must hold JSON objects")
+        raise Refusal(f"--deepspeed_config {path}: {reason(error)} (a JSON file is expected)")
+    objects = ["zero_optimization", "zero_optimization.offload_optimizer", "bf16", "data_types"]
+    objects += ["optimizer", "optimizer.params"]
     for key, value in walk(settings):
+        refuse_if(key in objects and not isinstance(value, dict), f"{path.name}: {key} must be a JSON object")
         asked = key in [f"{name}.enabled" for name in HALF] and value is not False
         asked = asked or str(value).lower().removeprefix("torch.") in HALF
         refuse_if(asked, f"{path.name} says {key} = {value!r}: fp16 and fp8 are not supported, use bf16 or fp32")
@@ -518,15 +524,15 @@ def open_dataset(config):
     import datasets
 
     c, name = config, config.jsonl_for_train or config.dataset_name
-    datasets.disable_progress_bars()
+    datasets.disable_progress_bars(), datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     kind = "json" if c.jsonl_for_train else "parquet" if Path(name).is_file() else None
     where = {"path": kind, "data_files": name} if kind else {"path": name, "name": c.dataset_config_name}
     try:
-        if c.jsonl_for_train or Path(name).is_absolute():
-            Path(name).stat()  # the library would look for it on the hub
-        rows = datasets.load_dataset(**where, split="train", cache_dir=c.cache_dir)
+        local = c.jsonl_for_train or Path(name).is_absolute()  # the library would ask the hub for what is not there
+        empty = local and Path(name).stat().st_size == 0
+        rows = [] if empty else datasets.load_dataset(**where, split="train", cache_dir=c.cache_dir)
     except Exception as error:  # a dozen classes, the library's own among them
-        raise Refusal(f"data set {name}: {error!r}")
+        raise Refusal(f"data set {name}: {reason(error)}")
     refuse_if(len(rows) == 0, f"data set {name}: it is empty")
     for flag in ("image_column", "conditioning_image_column", "caption_column"):
         column, needed = getattr(c, flag), c.control == "column" or flag != "conditioning_image_column"
@@ -542,11 +548,13 @@ def image_bytes(config, id, row, column):
     value = row[column]
     path, data = (value.get("path"), value.get("bytes")) if isinstance(value, dict) else (value, None)
     name = f"row {id}, {column} ({path})" if path else f"row {id}, {column}"
+    if not isinstance(path, str) and not isinstance(data, bytes):
+        raise BadRow(f"{name}: neither an image nor a path")
     try:
         beside = Path(config.jsonl_for_train or ".").parent / (path or "")
         return data or (beside if beside.exists() else Path(path)).read_bytes(), name
-    except (OSError, ValueError, TypeError) as error:
-        raise BadRow(f"{name}: {getattr(error, 'strerror', None) or error}")
+    except (OSError, ValueError) as error:
+        raise BadRow(f"{name}: {reason(error)}")
 
 
 def caption_text(config, id, row):
@@ -571,7 +579,7 @@ def read_picture(config, rows, todo):
     except BadRow as error:
         return key, error
     except Exception as error:  # decoders raise whatever they like on broken files
-        return key, BadRow(f"{name}: cannot be decoded as an image: {error}")
+        return key, BadRow(f"{name}: cannot be decoded as an image: {reason(error)}")
     image = image if control == "column" else make_control(image, control, side)
     return key, VaeImageProcessor(PIXELS_PER_LATENT).preprocess(image, side, side)
 
@@ -585,7 +593,7 @@ def load_detector(name):
     try:
         return kind.from_pretrained(DETECTOR_WEIGHTS) if hasattr(kind, "from_pretrained") else kind()
     except Exception as error:  # no network, no such file: each has a class of its own
-        raise Refusal(f"--control {name}: the detector's weights ({DETECTOR_WEIGHTS}) cannot be had: {error!r}")
+        raise Refusal(f"--control {name}: the detector's weights ({DETECTOR_WEIGHTS}) cannot be had: {reason(error)}")
 
 
 def make_control(image, name, side):
@@ -649,7 +657,7 @@ class Encoded(NamedTuple):
 
 
 def fingerprint(folder):
-    """Digest of the files of an encoder. Large blobs of the hub's cache are named by their SHA-256: they are not read."""
+    """Digest of the files of an encoder. Large blobs of the hub's cache are named by their SHA-256: no need to read."""
     parts = []
     for file in sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".model", ".txt")):
         blob = file.resolve()
@@ -665,7 +673,7 @@ def file_digest(file):
 
 
 def find_rows(config, base, rows):
-    """Keys of everything there is -> ([Row], [BadRow], validation cases, key of ""); the reading is split over the ranks."""
+    """Keys of everything -> ([Row], [BadRow], validation cases, key of ""); the reading is split over the ranks."""
     c, encoders = config, None
     if RANK == 0:
         text = fingerprint(base / "text_encoder"), fingerprint(base / "tokenizer"), c.max_sequence_length
@@ -688,21 +696,23 @@ def find_rows(config, base, rows):
     bad, found = [r for r in found if isinstance(r, BadRow)], sorted(r for r in found if isinstance(r, Row))
     images, prompts = c.validation_image or [], c.validation_prompt or []
     pairs = zip(images * (len(prompts) if len(images) == 1 else 1), prompts * (len(images) if len(prompts) == 1 else 1))
-    cases = [Row(None, prompt, path, control_key(Path(path).read_bytes(), c.detect_validation_image), digest(text, prompt))
-             for path, prompt in pairs]  # fmt: skip
+    contents = [(path, prompt, Path(path).read_bytes()) for path, prompt in pairs]
+    cases = [Row(None, prompt, path, control_key(content, c.detect_validation_image), digest(text, prompt))
+             for path, prompt, content in contents]  # fmt: skip
     return found, bad, cases, digest(text, "")
 
 
 def encode(config, base, rows, device):
     """Encode what the cache lacks, the work split over the ranks -> Encoded. Raises Refusal for unusable rows."""
     c, folder = config, Path(config.encoded_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     for stale in (f for f in folder.glob(".*.tmp") if RANK == 0 and time.time() - f.stat().st_mtime > 3600):
         stale.unlink()  # left by a crash; a younger one may belong to another run that shares the cache
     found, bad, cases, empty = find_rows(c, base, rows)
     refuse_if(bad and not c.skip_bad_rows, f"{bad and bad[0]} ({len(bad)} such rows; --skip_bad_rows leaves them out)")
+    folder.mkdir(parents=True, exist_ok=True)
     column = c.conditioning_image_column if c.control == "column" else c.image_column
-    pictures = {case.control: (None, case.image, c.control if c.detect_validation_image else "column") for case in cases}
+    made = c.control if c.detect_validation_image else "column"
+    pictures = {case.control: (None, case.image, made) for case in cases}
     for row in found:
         pictures |= {row.image: (row.id, c.image_column, "column"), row.control: (row.id, column, c.control)}
     captions = {empty: ""} | {row.caption: row.text for row in (*found, *cases)}
@@ -710,7 +720,8 @@ def encode(config, base, rows, device):
     index, broken = gather(read_index(folder) if RANK == 0 else None)[0], {}  # one index for all: others write already
     lacking = [(key, *what) for key, what in pictures.items() if key not in index]
     store(folder, picture_entries(c, base, rows, lacking[RANK::WORLD], device, broken))
-    store(folder, caption_entries(c, base, [(k, t) for k, t in captions.items() if k not in index][RANK::WORLD], device))
+    lacking = [(key, text) for key, text in captions.items() if key not in index]
+    store(folder, caption_entries(c, base, lacking[RANK::WORLD], device))
     gc.collect()  # the encoders are gone before the transformer is loaded
     torch.cuda.empty_cache()
     broken = {key: error for part in gather(broken) for key, error in part.items()}
@@ -732,7 +743,7 @@ def encode(config, base, rows, device):
 
 
 def hold_out(rows, wanted):
-    """(rows to train on, rows to evaluate on): at most a tenth, chosen by content: no row moves the choice of others."""
+    """(rows to train on, rows to evaluate on): at most a tenth, chosen by content, so that no row moves the others."""
     chosen = sorted(rows, key=lambda row: (digest("held out", row.image, row.caption), row.id))
     chosen = set(chosen[: min(wanted, len(rows) // 10)])
     return [row for row in rows if row not in chosen], [row for row in rows if row in chosen]
@@ -810,7 +821,7 @@ class Stream(Dataset):
         return row, self.encoded.empty if empty else row.caption
 
     def timestep(self, k):
-        """t of sample k, (1,): an additive recurrence spreads neighbours evenly, its start makes each of them uniform."""
+        """t of sample k, (1,): an additive recurrence spreads neighbours evenly, its start makes each one uniform."""
         c, start = self.config, int(digest(self.config.seed, "timestep"), 16)
         u = (((start + k * GOLDEN) % 2**64 >> 11) + 0.5) / 2**53
         u = torch.tensor([u], dtype=torch.float64)
@@ -838,7 +849,7 @@ class Stream(Dataset):
 
 
 def collate(samples, mu):
-    """Samples -> micro-batch: prompt_embeds padded on the right with zeros, mask (B, T), or None if nothing is padded."""
+    """Samples -> micro-batch: prompt_embeds padded on the right with zeros, mask (B, T), None if nothing is padded."""
     batch = {name: torch.stack([s[name] for s in samples]) for name in ("latent", "control", "noise")}
     batch["rows"] = [s["row"] for s in samples]
     batch["timestep"] = torch.cat([s["timestep"] for s in samples])
@@ -908,7 +919,7 @@ def spread(jobs, work, title):
 
 @torch.no_grad()
 def probe(model, frame, stream):
-    """Probe loss and control gain of the held-out rows, over all and at each of PROBE_TIMESTEPS, with the same noise always.
+    """Probe loss and control gain of the held-out rows, in all and at each of PROBE_TIMESTEPS; always the same noise.
 
     The gain compares with the loss where each row is given the next row's control. None without two rows."""
     rows, size = stream.encoded.held_out, stream.config.train_batch_size
@@ -960,7 +971,7 @@ def validate(model, frame, stream, base, step):
 
 
 def log_samples(stream, base, device):
-    """dataset_samples.png: image | control | overlay of what the model is fed, decoded from the cache, with token counts."""
+    """dataset_samples.png: image | control | overlay as the model is fed them, decoded from the cache; token counts."""
     encoded, rows = stream.encoded, stream.encoded.train[:SHEET_ROWS]
     latents = [[encoded.latent(row.image), encoded.latent(row.control)] for row in rows]
     table = []
@@ -971,7 +982,7 @@ def log_samples(stream, base, device):
 
 
 def save_grid(file, rows, headings):
-    """Write [(title, images)] as one PNG: a row each under its title; columns of 160 px at least under their headings."""
+    """Write [(title, images)] as one PNG: a row each under its title, columns of at least 160 px under headings."""
     cell, line = max(160, rows[0][1][0].width), 16
     grid = Image.new("RGB", (cell * max(len(images) for _, images in rows), line + (cell + line) * len(rows)), "white")
     pen = ImageDraw.Draw(grid)
@@ -1002,7 +1013,7 @@ def start_ranks():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients were seen with masks; flash and efficient kernels remain
+    torch.backends.cuda.enable_cudnn_sdp(False)  # gave NaN gradients with masks (pytorch#196678); others remain
     deepspeed.init_distributed(timeout=PATIENCE, verbose=False)
     return torch.device(accelerator.current_device_name())
 
@@ -1014,7 +1025,7 @@ def check_engine(settings):
     try:
         DeepSpeedConfig(json.loads(json.dumps(settings)))
     except Exception as error:  # pydantic's, assertions, and more
-        raise Refusal(f"ds_config.json: DeepSpeed does not take it: {error}")
+        raise Refusal(f"--deepspeed_config: DeepSpeed does not take it: {error}")
 
 
 def start_engine(config, settings, model):
@@ -1025,7 +1036,7 @@ def start_engine(config, settings, model):
     zero = settings.get("zero_optimization", {})
     offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
     make = deepspeed.ops.adam.DeepSpeedCPUAdam if offloaded else functools.partial(torch.optim.AdamW, fused=True)
-    optimizer = None if "optimizer" in settings else make(parameters, lr=0.0)  # set_optimizer says the rest at each step
+    optimizer = None if "optimizer" in settings else make(parameters, lr=0.0)  # set_optimizer says the rest
     engine = deepspeed.initialize(model=model, model_parameters=parameters, optimizer=optimizer, config=settings)[0]
     for state in engine.basic_optimizer.state.values():  # made by a step without gradients, which stage 0 counts
         state["step"] = 0 * state["step"]
@@ -1119,9 +1130,9 @@ def find_checkpoint(config):
     if wanted not in ("latest", "none"):
         chosen = [p for p in (Path(wanted), Path(config.output_dir, wanted)) if p.is_dir()][:1]
         refuse_if(not chosen, f"--resume_from_checkpoint {wanted}: no such folder")
-        newer = present and present[-1].absolute() != chosen[0].absolute()
-        refuse_if(newer, f"--resume_from_checkpoint {wanted}: {config.output_dir} holds {present and present[-1].name}; "
-                  "leave the flag out to go on from it, or move it away")  # fmt: skip
+        newer = present[-1].name if present and present[-1].absolute() != chosen[0].absolute() else None
+        refuse_if(newer, f"--resume_from_checkpoint {wanted}: {config.output_dir} holds {newer}; leave the flag out to "
+                  "go on from it, or move it away")  # fmt: skip
         present = chosen
     for checkpoint in reversed(present):
         try:
@@ -1135,7 +1146,7 @@ def find_checkpoint(config):
 
 
 def identity_of(config, settings):
-    """What decides which samples a run sees and what its state looks like: a checkpoint goes on where it is the same."""
+    """What decides which samples a run sees and how its state looks: a checkpoint goes on where it is the same."""
     names = ("seed", "total_batch_size", "resolution", "max_sequence_length", "control", "proportion_empty_prompts",
              "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "mixed_precision",
              "only_target_transformer_blocks")  # fmt: skip
@@ -1166,7 +1177,6 @@ class Log:
 
     def write(self, kind, step, values):
         if RANK == 0:
-            values = {name: None if value in (math.inf, -math.inf) or value != value else value for name, value in values.items()}
             with open(self.file, "a") as file:
                 file.write(json.dumps({"step": step} | values) + "\n")
             scalars = {name: value for name, value in values.items() if isinstance(value, (int, float))}
@@ -1204,6 +1214,7 @@ def train(engine, stream, frame, base, identity, start, steps):
         loss, norm = torch.stack(losses).mean() / WORLD, engine.get_global_grad_norm()
         dist.all_reduce(loss)
         loss, norm = loss.item(), math.nan if norm is None else float(norm)  # waits for the device: the clock is true
+        loss, norm = (value if math.isfinite(value) else None for value in (loss, norm))  # JSON knows no NaN
         speed = c.total_batch_size / (time.perf_counter() - clock)
         log.write("train", step, {"samples": step * c.total_batch_size, "loss": loss, "lr": rate(step - 1),
                                   "grad_norm": norm, "samples_per_s": speed})  # fmt: skip
@@ -1216,8 +1227,8 @@ def train(engine, stream, frame, base, identity, start, steps):
 
 
 def find_base(config, name, patterns=("*.json", "*.safetensors", "*.txt", "*.model")):
-    """Folders of the base and of its transformer. A checkpoint made here is a transformer only: the rest is its base's."""
-    path = Path(name)
+    """Folders of the base and of its transformer. A checkpoint made here is a transformer; the rest is its base's."""
+    path = [Path(name), *checkpoints(name)][-1]  # of a run's output folder the last checkpoint
     for checkpoint in (path, path.parent):
         if (checkpoint / "manifest.json").exists():
             manifest = json.loads((checkpoint / "manifest.json").read_text() or "{}")
@@ -1230,7 +1241,7 @@ def find_base(config, name, patterns=("*.json", "*.safetensors", "*.txt", "*.mod
         try:
             path = Path(snapshot_download(name, allow_patterns=patterns, **where))
         except Exception as error:  # no name, no network, no access: each has a class of its own
-            why = f"no such folder, and not to be had from the hub: {error!r}"
+            why = f"no such folder, and not to be had from the hub: {reason(error)}"
             raise Refusal(f"--pretrained_model_name_or_path {name}: {why}")
     return path, path / "transformer"
 
@@ -1246,13 +1257,14 @@ def check_base(config, base, transformer):
             shapes[part] = json.loads(path.read_text())
         except (OSError, ValueError):
             raise Refusal(f"{name}: {path} is missing or not JSON")
-    known = {"use_dynamic_shifting": True, "time_shift_type": "linear", "base_shift": BASE_SHIFT, "max_shift": MAX_SHIFT,
-             "base_image_seq_len": BASE_TOKENS, "num_train_timesteps": TIMESTEPS}  # fmt: skip
+    known = {"use_dynamic_shifting": True, "time_shift_type": "linear", "base_image_seq_len": BASE_TOKENS,
+             "base_shift": BASE_SHIFT, "max_shift": MAX_SHIFT, "num_train_timesteps": TIMESTEPS}  # fmt: skip
     shifts = {key: shapes["scheduler"].get(key) for key in known}
     refuse_if(shifts != known, f"{name}: its scheduler is not CogView4's: {shifts}")
-    kind = [shapes["transformer"].get(key) for key in ("patch_size", "out_channels")] + [shapes["vae"].get("latent_channels")]
-    inputs = shapes["transformer"].get("in_channels") in (LATENT_CHANNELS, 2 * LATENT_CHANNELS)
-    refuse_if(kind != [2, LATENT_CHANNELS, LATENT_CHANNELS] or not inputs, f"{name}: patches or channels are not CogView4's")
+    shape = [shapes["transformer"].get(key) for key in ("patch_size", "in_channels", "out_channels")]
+    shape += [shapes["vae"].get("latent_channels")]
+    c = LATENT_CHANNELS
+    refuse_if(shape not in ([2, c, c, c], [2, 2 * c, c, c]), f"{name}: patches or channels are not CogView4's: {shape}")
 
 
 def check_weights(config, base, transformer):
@@ -1300,8 +1312,9 @@ def run(config):
     held_out = min(c.probe_samples, len(rows) // 10)
     steps = count_steps(c, len(rows) - held_out)
     if RANK == 0:
-        print(f"{len(rows)} rows, {held_out} held out; {c.resolution} px; {WORLD} ranks x batch {c.train_batch_size} x "
-              f"{c.gradient_accumulation_steps} = {c.total_batch_size} samples a step; {steps} steps -> {c.output_dir}")  # fmt: skip
+        batch = f"{WORLD} ranks x batch {c.train_batch_size} x {c.gradient_accumulation_steps}"
+        print(f"{len(rows)} rows, {held_out} held out; {c.resolution} px; {batch} = {c.total_batch_size} samples "
+              f"a step; {steps} steps -> {c.output_dir}")  # fmt: skip
     if c.dry_run:
         return
     base, transformer = find_base(c, c.pretrained_model_name_or_path)
@@ -1313,11 +1326,12 @@ def run(config):
     torch.backends.cuda.matmul.allow_tf32 = c.allow_tf32
     (found, manifest), identity = find_checkpoint(c), identity_of(c, settings)
     refuse_another(found, manifest, identity)
-    Path(c.output_dir).mkdir(parents=True, exist_ok=True)
     encoded = encode(c, base, rows, device)
     steps = count_steps(c, len(encoded.train))
-    identity |= {"rows": len(encoded.train), "content of the rows": digest(*(part for row in encoded.train for part in row))}
+    content = digest(*(part for row in encoded.train for part in row))
+    identity |= {"rows": len(encoded.train), "content of the rows": content}
     refuse_another(found, manifest, identity)
+    Path(c.output_dir).mkdir(parents=True, exist_ok=True)
 
     dtype = torch.bfloat16 if c.mixed_precision == "bf16" else torch.float32
     model = load_transformer(transformer, c.variant, dtype, device)

@@ -50,7 +50,7 @@ demo)
     --pretrained_model_name_or_path "$here/demo/base" --dataset_name "$here/demo/data" --encoded_dir "$here/demo/encoded" \
     --output_dir "$here/demo/run" --resolution 64 --train_batch_size 16 --max_train_steps 100 --learning_rate 1e-3 \
     --lr_warmup_steps 10 --checkpointing_steps 50 --validation_steps 50 --num_inference_steps 20 \
-    --dataloader_num_workers 1 "$@"
+    --dataloader_num_workers 1 --log_dataset_samples "$@"
   ;;
 test)
   shift

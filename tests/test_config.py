@@ -196,6 +196,22 @@ def test_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_commands_of_the_readme_are_understood():
+    """Those that need a GPU, as far as their flags go; run.sh passes its own on to the same parser."""
+    import shlex
+
+    lines = [line.split("#")[0] for line in (ROOT / "README.md").read_text().splitlines()]
+    recipe = (ROOT / "run.sh").read_text().split('"${launch[@]}"')[1].replace("\\\n", " ").replace('"$@"', "").strip()
+    commands = [line.split("cv4ctrl.py", 1)[1] for line in lines if line.startswith(("deepspeed ", "torchrun ", "python cv4ctrl.py"))]
+    commands += [recipe.split("cv4ctrl.py\"", 1)[1] + line.split("run.sh", 1)[1] for line in lines if "bash run.sh" in line and "demo" not in line and "test" not in line]
+    assert len(commands) == 9
+    for command in commands:
+        if "--help" not in command:
+            c = cv4ctrl.resolve(cv4ctrl.parse(shlex.split(command)), 8)
+            cv4ctrl.check(c)
+            assert cv4ctrl.engine_settings(c)["train_batch_size"] == c.total_batch_size in (64, 128)
+
+
 def test_digest_keeps_parts_apart():
     assert len({cv4ctrl.digest("ab", "c"), cv4ctrl.digest("a", "bc"), cv4ctrl.digest("abc"), cv4ctrl.digest(b"abc", "")}) == 4
     assert torch.equal(*(torch.rand(3, generator=cv4ctrl.draw(0, "x", 1)) for _ in range(2)))

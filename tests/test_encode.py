@@ -128,16 +128,16 @@ def test_a_damaged_file_is_encoded_again(run, tmp_path):
     assert run(rows)[1:] == (0, 0)
 
 
-def test_killed_encoding_goes_on_and_any_world_size_finds_it(flags, data, tmp_path):
-    argv = flags(tmp_path / "out", encoded_dir=tmp_path / "cache", max_train_steps=1)
+def test_killed_encoding_goes_on_where_it_stopped(flags, config, base, device, tmp_path, monkeypatch):
+    options = dict(encoded_dir=tmp_path / "cache", max_train_steps=1)
     with pytest.raises(AssertionError):
-        launch(1, ("die_while_encoding", [argv, 30]))
-    there = len(cv4ctrl.read_index(tmp_path / "cache"))
-    assert there == 24  # three files of 8; what was in memory is lost
-    (_, calls), (_, again) = launch(2, ("count_encoders", [argv]), ("count_encoders", [flags(tmp_path / "out2", encoded_dir=tmp_path / "cache", max_train_steps=1)]))
-    index = cv4ctrl.read_index(tmp_path / "cache")
-    assert calls[0] == (96 - there) // 2 and again == [0, 0]  # rank 0's half; then nothing
-    assert len(index) >= 96
+        launch(1, ("die_while_encoding", [flags(tmp_path / "out", **options), 30]))
+    assert len(cv4ctrl.read_index(tmp_path / "cache")) == 24  # three files of 8; what was in memory is lost
+    calls, encode = [], AutoencoderKL.encode
+    monkeypatch.setattr(AutoencoderKL, "encode", lambda *a, **k: calls.append(1) or encode(*a, **k))
+    c = config(tmp_path / "out", **options)
+    encoded = cv4ctrl.encode(c, base, cv4ctrl.open_dataset(c), device)
+    assert len(calls) == 96 - 24 and len(encoded.train) == 44
 
 
 def test_rows_that_cannot_be_used(run, refused, flags, base, tmp_path, capsys):

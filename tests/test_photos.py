@@ -85,7 +85,7 @@ def test_canny_controls_are_made_from_the_photographs(runs, photos, config, base
 
 
 def test_a_detector_whose_weights_cannot_be_had(flags, refused, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     line = refused(flags(tmp_path / "out", control="openpose"))
     assert "--control openpose" in line and "lllyasviel/Annotators" in line and not (tmp_path / "out").exists()
 

@@ -91,7 +91,8 @@ def pair(out, flags, zero, shipped, alone):
         for stage in (0, 1, 2, 3)  # the large rate makes a step much larger than the rounding of exported bf16 weights
     ]  # fmt: skip
     six, three = (flags(out / name, **shipped, max_train_steps=6) for name in ("shipped-six", "shipped-three"))
-    return launch(2, flags(out / "two", **common, max_train_steps=6), ("gradients", [accumulated, str(out / "gradients.safetensors")]),
+    fresh = flags(out / "encoded-by-two", encoded_dir=out / "encoded", max_train_steps=1, train_batch_size=2)
+    return launch(2, flags(out / "two", **common, max_train_steps=6), ("count_encoders", [fresh]), ("gradients", [accumulated, str(out / "gradients.safetensors")]),
                   six, ("stop_after_saving", [three, 3]), *stages)  # fmt: skip  # ZeRO-3 last: it replaces F.linear for good
 
 
@@ -183,6 +184,14 @@ def test_every_zero_stage_trains_and_exports(pair, stage, out, base):
         step = (second[name].float() - before_name.float()).norm()  # what two steps changed, here and there
         assert (ours[name].float() - second[name].float()).norm() <= 0.1 * step, name
     assert sorted(f.name for f in (run / "validation").iterdir()) == ["step-0.png", "step-2.png"]
+
+
+def test_encoding_is_shared_by_the_ranks_and_serves_any_number(pair, encoded, out, config, base, device, monkeypatch):
+    _, (pictures, captions) = pair[1]
+    assert pictures == 48 and captions > 0  # rank 0's half of 2 x 48
+    c = config(encoded_dir=out / "encoded")
+    monkeypatch.setattr(cv4ctrl, "load_vae", lambda base: pytest.fail("one rank encodes again what two have encoded"))
+    assert cv4ctrl.encode(c, base, cv4ctrl.open_dataset(c), device).train == encoded.train
 
 
 def test_no_step_runs_an_encoder(alone):
@@ -283,6 +292,8 @@ def test_an_exported_checkpoint_is_a_base(copy, flags, config, base):
     folder, transformer = cv4ctrl.find_base(c, c.pretrained_model_name_or_path)
     assert folder == base and transformer == copy / "checkpoint-6" / "transformer"
     cv4ctrl.check_base(c, folder, transformer)
+    for other in (copy, copy / "checkpoint-6" / "transformer"):  # the run's folder, and the transformer alone
+        assert cv4ctrl.find_base(c, str(other)) == (folder, transformer)
     model = cv4ctrl.load_transformer(transformer, None, torch.float32, torch.device("cpu"))
     assert same(dict(model.named_parameters()), weights(transformer)) and model.config.in_channels == 32
 

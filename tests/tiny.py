@@ -1,6 +1,6 @@
 """A complete CogView4 base and a data set, small enough for two CPU cores and made without a network.
 
-    python tests/tiny.py FOLDER [--rows 256] [--pixels 64]
+    python tests/tiny.py FOLDER [--rows 256]
 
 leaves FOLDER/base, laid out as CogView4-6B is (tokenizer, GLM text encoder, VAE, transformer, scheduler, model_index.json),
 and FOLDER/data, parquet in the format of raulc0399/open_pose_controlnet: image, conditioning_image, text. The images are
@@ -54,7 +54,7 @@ def make_tokenizer(folder, texts=()):
 
 
 def make_base(
-    folder, seed=0, layers=2, heads=4, head_dim=16, text_dim=32, time_dim=32, vae_channels=(8, 8, 16, 16), vae_layers=1, words=()
+    folder, seed=0, layers=2, heads=4, head_dim=16, text_dim=32, time_dim=32, vae_channels=(8, 8, 16, 16), words=()
 ):
     """Random CogView4 base in `folder`, in bf16; every part loads with the class that CogView4-6B's model_index.json names."""
     import diffusers
@@ -73,7 +73,7 @@ def make_base(
     GlmModel(config).bfloat16().save_pretrained(folder / "text_encoder")
     vae = AutoencoderKL(
         in_channels=3, out_channels=3, latent_channels=16, down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4, block_out_channels=vae_channels, layers_per_block=vae_layers, norm_num_groups=4,
+        up_block_types=["UpDecoderBlock2D"] * 4, block_out_channels=vae_channels, layers_per_block=1, norm_num_groups=4,
         sample_size=64, scaling_factor=1.0, shift_factor=0.0, use_quant_conv=False, use_post_quant_conv=False,
         mid_block_add_attention=False,
     )  # fmt: skip
@@ -173,9 +173,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", type=int, default=256)
-    parser.add_argument("--pixels", type=int, default=64)
     options = parser.parse_args()
     if not (options.folder / "base" / "model_index.json").exists():
         make_base(options.folder / "base")
     if not (options.folder / "data" / "train.parquet").exists():
-        make_data(options.folder / "data", options.rows, options.pixels)
+        make_data(options.folder / "data", options.rows)
