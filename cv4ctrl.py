@@ -1229,7 +1229,7 @@ def train(engine, stream, frame, base, identity, start, steps):
 def find_base(config, name, patterns=("*.json", "*.safetensors", "*.txt", "*.model")):
     """Folders of the base and of its transformer. A checkpoint made here is a transformer; the rest is its base's."""
     path = [Path(name), *checkpoints(name)][-1]  # of a run's output folder the last checkpoint
-    for checkpoint in (path, path.parent):
+    for checkpoint in (path, path.parent) if path.name == "transformer" else (path,):
         if (checkpoint / "manifest.json").exists():
             manifest = json.loads((checkpoint / "manifest.json").read_text() or "{}")
             refuse_if("base" not in manifest, f"{checkpoint}: its manifest.json does not name a base")
