@@ -6,25 +6,18 @@ from diffusers import CogView4ControlPipeline
 from PIL import Image
 
 import cv4ctrl
-
-
-def widened(base):
-    """Widened model whose control columns are not zero, with the installed attention."""
-    model = cv4ctrl.load_transformer(base / "transformer", None, torch.float32, torch.device("cpu"))
-    with torch.no_grad():
-        model.patch_embed.proj.weight[:, 64:].normal_(std=0.1, generator=torch.Generator().manual_seed(0))
-    return model
+import tiny
 
 
 @pytest.fixture(scope="module")
 def model(base):
-    return widened(base)
+    return tiny.control_model(base)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.5])
 @pytest.mark.parametrize("side", [64, 96])
 def test_sampler_equals_the_pipeline(base, model, guidance, side):
-    pipe = CogView4ControlPipeline.from_pretrained(base, transformer=widened(base), torch_dtype=torch.float32)
+    pipe = CogView4ControlPipeline.from_pretrained(base, transformer=tiny.control_model(base), torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     control_image, prompt = Image.effect_noise((side, side), 60).convert("RGB"), "a red circle on pale green, seen from above"
     noise = torch.randn(1, 16, side // 8, side // 8, generator=torch.Generator().manual_seed(1))

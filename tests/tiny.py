@@ -28,22 +28,16 @@ SHAPES = {"circle": 0, "triangle": 3, "square": 4, "star": 5}
 # --- the base -------------------------------------------------------------------------------------------------------------------
 
 
-def make_tokenizer(folder, texts=()):
-    """Byte-level tokenizer with GLM-4's frame: `[gMASK] <sop>` in front, pads on the left. A byte is a token, but the words of
-    `texts` are tokens as well."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+def make_tokenizer(folder):
+    """Byte-level tokenizer with GLM-4's frame: `[gMASK] <sop>` in front, pads on the left; a byte is a token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     special = ["<|endoftext|>", "[gMASK]", "<sop>"]
     vocab = {token: i for i, token in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=bool(texts))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    if texts:
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-        tokenizer.train_from_iterator(texts, trainer)
-        vocab = tokenizer.get_vocab()
     frame = [("[gMASK]", vocab["[gMASK]"]), ("<sop>", vocab["<sop>"])]
     tokenizer.post_processor = processors.TemplateProcessing(single="[gMASK] <sop> $A", special_tokens=frame)
     PreTrainedTokenizerFast(
@@ -53,9 +47,7 @@ def make_tokenizer(folder, texts=()):
     return len(vocab)
 
 
-def make_base(
-    folder, seed=0, layers=2, heads=4, head_dim=16, text_dim=32, time_dim=32, vae_channels=(8, 8, 16, 16), words=()
-):
+def make_base(folder, seed=0, layers=2, heads=4, head_dim=16, text_dim=32):
     """Random CogView4 base in `folder`, in bf16; every part loads with the class that CogView4-6B's model_index.json names."""
     import diffusers
     from diffusers import AutoencoderKL, CogView4Transformer2DModel, FlowMatchEulerDiscreteScheduler
@@ -64,7 +56,7 @@ def make_base(
     folder = Path(folder)
     torch.manual_seed(seed)
     diffusers.utils.logging.set_verbosity_error()  # the plain casts below are meant
-    vocab = make_tokenizer(folder / "tokenizer", words)
+    vocab = make_tokenizer(folder / "tokenizer")
     config = GlmConfig(
         vocab_size=vocab, hidden_size=text_dim, intermediate_size=2 * text_dim, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=text_dim // 2, max_position_embeddings=2048, pad_token_id=0, eos_token_id=0,
@@ -73,14 +65,14 @@ def make_base(
     GlmModel(config).bfloat16().save_pretrained(folder / "text_encoder")
     vae = AutoencoderKL(
         in_channels=3, out_channels=3, latent_channels=16, down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4, block_out_channels=vae_channels, layers_per_block=1, norm_num_groups=4,
+        up_block_types=["UpDecoderBlock2D"] * 4, block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4,
         sample_size=64, scaling_factor=1.0, shift_factor=0.0, use_quant_conv=False, use_post_quant_conv=False,
         mid_block_add_attention=False,
     )  # fmt: skip
     vae.bfloat16().save_pretrained(folder / "vae")
     transformer = CogView4Transformer2DModel(
         patch_size=2, in_channels=16, out_channels=16, num_layers=layers, attention_head_dim=head_dim,
-        num_attention_heads=heads, text_embed_dim=text_dim, time_embed_dim=time_dim, condition_dim=16, sample_size=8,
+        num_attention_heads=heads, text_embed_dim=text_dim, time_embed_dim=32, condition_dim=16, sample_size=8,
     )  # fmt: skip
     transformer.bfloat16().save_pretrained(folder / "transformer")
     FlowMatchEulerDiscreteScheduler(
@@ -99,12 +91,17 @@ def make_base(
     return folder
 
 
+def control_model(base):
+    """Widened model whose control columns are not zero, so that a wrong control shows, with the installed attention."""
+    import cv4ctrl
+
+    model = cv4ctrl.load_transformer(base / "transformer", None, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        model.patch_embed.proj.weight[:, 64:].normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    return model
+
+
 # --- the data -------------------------------------------------------------------------------------------------------------------
-
-
-def all_captions():
-    """Every caption that draw_pair gives."""
-    return [f"a {colour} {shape} on {ground}" for colour in COLOURS for shape in SHAPES for ground in GROUNDS]
 
 
 def draw_pair(rng, pixels=64):
