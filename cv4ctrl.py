@@ -17,8 +17,11 @@ Heavy libraries are imported where they are used: a mistyped flag is answered at
 """
 
 import argparse
+import collections
+import contextlib
 import dataclasses
 import datetime
+import faulthandler
 import functools
 import gc
 import hashlib
@@ -28,8 +31,10 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -58,7 +63,11 @@ SHARD_ENTRIES = 64  # cache entries a file, 64 MB of moments at 1024 px: so much
 PROBE_TIMESTEPS = range(100, 901, 100)  # the quantiles 0.1 .. 0.9 of uniform t; sigma is shifted from them
 SHEET_ROWS = 12  # of --log_dataset_samples
 VALIDATION_CASES = 4  # held-out rows that are drawn where no --validation_image is given
-PATIENCE = datetime.timedelta(hours=2)  # how long a rank waits for the others: uneven encoding, downloads, saving
+SHARD_BYTES = 2**30  # of a file of the optimizer's state
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, as PyTorch and DeepSpeed call them
+SPIKE = 3  # a loss so many times the usual one is logged with its rows
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALLED = []  # when signals asked this process to stop
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by every launcher
 HALF = ("fp16", "float16", "half", "fp8", "float8", "float8_e4m3fn", "float8_e5m2", "amp")  # not in ds_config.json
 DETECTORS = {  # classes of controlnet_aux that need its core packages only; all but canny load weights
@@ -76,11 +85,34 @@ NOT_HERE = {
 # === 2. configuration =================================================================================================
 
 
-class Refusal(Exception):
-    """The request is wrong: one line for stderr that says what and how to mend it, exit code 2."""
+IDENTITY = ("seed", "total_batch_size", "resolution", "max_sequence_length", "control", "proportion_empty_prompts",
+            "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "mixed_precision",
+            "only_target_transformer_blocks")  # flags that decide which samples a run sees, and how its state looks
+
+
+class Ended(Exception):
+    """The run ends: one line for stderr, and the exit code of its class."""
 
     def __str__(self):
         return " ".join(self.args[0].split())
+
+
+class Refusal(Ended):
+    """The request is wrong: the line says what, and how to mend it."""
+
+    code = 2
+
+
+class Failure(Ended):
+    """A failure while running, on which all ranks agree."""
+
+    code = 1
+
+
+class Preempted(Ended):
+    """Stopped by a signal, everything saved: the same command again goes on. EX_TEMPFAIL of sysexits.h."""
+
+    code = 75
 
 
 def refuse_if(wrong, why):
@@ -163,10 +195,14 @@ class Config:
     probe_samples: int = flag(32, "rows held out of training, at most a tenth of all", least=0)
     allow_tf32: bool = flag(False, "TF32 matrix products where fp32 is asked for")
     offload: bool = flag(False, "accepted as in the example: frozen encoders are always freed when not used")
+    push_to_hub: bool = flag(False, "upload the weights at the end; the token is that of `hf auth login` or HF_TOKEN")
+    hub_model_id: str | None = flag(None, "repository for --push_to_hub; without it the name of OUTPUT_DIR")
     report_to: str = flag("none", "tracker", choices=("none", "tensorboard", "wandb", "csv", "all"))
     tracker_project_name: str = flag("cogview4_train_control", "project of the tracker")
     logging_dir: str = flag("logs", "folder of the tracker under OUTPUT_DIR")
     deepspeed_config: str = flag("ds_config.json", "the engine's settings, \"auto\" where a flag decides")
+    max_skipped_steps: int = flag(10, "steps in a row without a finite gradient after which the run ends", least=1)
+    timeout_minutes: float = flag(120.0, "longest that a step, evaluation and saving included, may take", least=0.01)
     dry_run: bool = flag(False, "check everything, print the plan, load nothing")
 
 
@@ -175,24 +211,22 @@ def parse(argv=None):
     parser = argparse.ArgumentParser("cv4ctrl.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.error = functools.partial(refuse_if, True)
     for field in dataclasses.fields(Config):
-        name, help = f"--{field.name}", f"{field.metadata['help']} [{field.default}]"
-        more = {"default": field.default, "choices": field.metadata.get("choices"), "help": help}
+        more = {"help": f"{field.metadata['help']} [{field.default}]", "default": argparse.SUPPRESS}
         if field.type is bool:
-            parser.add_argument(name, action="store_true", default=field.default, help=help)
-            parser.add_argument(f"--no_{field.name}", dest=field.name, action="store_false", help=argparse.SUPPRESS)
-        elif field.type == list[str] | None:
-            parser.add_argument(name, nargs="+", **more)
+            more["action"] = argparse.BooleanOptionalAction
         else:
-            parser.add_argument(name, type=next(t for t in (str, int, float) if field.type in (t, t | None)), **more)
+            more["type"] = next(kind for kind in (int, float, str) if kind.__name__ in str(field.type))
+            more |= {"choices": field.metadata.get("choices"), "nargs": "+" if "list" in str(field.type) else None}
+        parser.add_argument(f"--{field.name}", **more)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher says it, the environment too
-    words = []
+    words, off = [], {f"--no_{name}": f"--no-{name}" for name in Config.__dataclass_fields__}
     for word in sys.argv[1:] if argv is None else argv:
         head, mark, tail = word.partition("=")
-        name = head[2:].replace("-", "_") if head.startswith("--") else None
-        words.append(word if name is None else f"--{name}{mark}{tail}")
-        refuse_if(name in NOT_HERE, f"--{name} is not taken: {NOT_HERE.get(name)}")
+        name = head.replace("-", "_").replace("__", "--", 1) if head.startswith("--") else None
+        words.append(f"{off.get(name, name)}{mark}{tail}" if name else word)
+        refuse_if(name and name[2:] in NOT_HERE, f"{name} is not taken: {NOT_HERE.get(name and name[2:])}")
     values = vars(parser.parse_args(words))
-    del values["local_rank"]
+    values.pop("local_rank", None)
     return Config(**values)
 
 
@@ -291,6 +325,12 @@ def engine_settings(config):
     for key, value in walk(settings):
         refuse_if(value == "auto", f"{path.name} says {key} = \"auto\", but no flag decides it: give a value")
     refuse_if("scheduler" in settings, f"{path.name} has a scheduler, which contradicts --lr_scheduler: remove it")
+    kind = settings.get("optimizer", {}).get("type", "AdamW")
+    refuse_if(kind not in ("Adam", "AdamW"), f"{path.name} says optimizer.type = {kind}: only Adam and AdamW are known")
+    refuse_if("optimizer" in settings and stage == 0, f"{path.name}: an optimizer of its own needs ZeRO stage 1 to 3")
+    refuse_if("nvme" in dict(walk(settings)).values(), f"{path.name}: offloading to nvme is not supported, use cpu")
+    checked = settings["bf16"].setdefault("check_grad_overflow", True)
+    refuse_if(not checked, f"{path.name} switches bf16.check_grad_overflow off: one NaN would end in the weights")
     logs = {"output_path": str(Path(c.output_dir, c.logging_dir)), "job_name": c.tracker_project_name}
     trackers = {"tensorboard": logs, "csv_monitor": logs, "wandb": {"project": c.tracker_project_name}}
     wanted = {"all": list(trackers), "csv": ["csv_monitor"], "none": []}.get(c.report_to, [c.report_to])
@@ -309,6 +349,74 @@ def gather(item):
     items = [None] * WORLD
     dist.all_gather_object(items, item)
     return items
+
+
+def together(work, mine=True):
+    """work() on the ranks where `mine` -> all results; where one cannot read or write, all end. Raises Failure."""
+    result = trouble = None
+    try:
+        result = work() if mine else None
+    except (OSError, SafetensorError) as error:
+        trouble = f"rank {RANK}: {getattr(error, 'filename', None) or 'a file'}: {reason(error)}"
+    results, troubles = zip(*gather((result, trouble)))
+    if any(troubles):
+        raise Failure(next(filter(None, troubles)))
+    return results
+
+
+def make_shared(folder):
+    """Make a folder; all ranks must see the same one. Raises Refusal, Failure."""
+    token = gather(Path(folder, f".{os.getpid()}.tmp"))[0]
+    together(lambda: (token.parent.mkdir(parents=True, exist_ok=True), token.touch()), RANK == 0)
+    blind = [rank for rank, seen in enumerate(gather(token.exists())) if not seen]
+    together(token.unlink, RANK == 0)
+    refuse_if(blind, f"{folder}: ranks {blind} do not see what rank 0 writes there; take a disk that all share")
+
+
+def say(text):
+    """A line on stderr, from rank 0, that does not cut through a progress bar."""
+    if RANK == 0:
+        tqdm.write(f"cv4ctrl.py: {text}", file=sys.stderr)
+
+
+def heed_signals():
+    """From now on a signal only asks for a stop. A second Ctrl-C, 5 s later or more, ends us at once."""
+
+    def note(number, _):
+        if SIGNALLED and number == signal.SIGINT and time.monotonic() - SIGNALLED[0] > 5:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        SIGNALLED.append(time.monotonic())
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, note)
+
+
+def outlive_signals(_):
+    """For the processes that load data: they are signalled as we are, and needed until the step has ended."""
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))  # of whom nobody else ends
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: signal.alarm(600))
+
+
+@functools.cache
+def launchers():
+    """The processes of deepspeed or torchrun above us: not all of them pass on the signal that ends them."""
+    import psutil
+
+    named = [(p, " ".join((p.as_dict(["cmdline"])["cmdline"] or [])[:5])) for p in psutil.Process().parents()]
+    return [p for p, words in named if re.search(r"deepspeed|torchrun|torch\.distributed", words)]
+
+
+def asked_to_stop():
+    """By a signal, or by the end of what launched us."""
+    return bool(SIGNALLED) or not all(p.is_running() for p in launchers())
+
+
+def stop_if_asked():
+    """All ranks end where one was asked to. Raises Preempted."""
+    if any(gather(asked_to_stop())):
+        raise Preempted("stopped by a signal before a step; what is encoded is kept, the same command goes on")
 
 
 def digest(*parts):
@@ -603,8 +711,8 @@ def make_control(image, name, side):
     return load_detector(name)(image, detect_resolution=side, image_resolution=side, **thresholds)
 
 
-def store(folder, entries):
-    """Write (key, tensor) pairs, SHARD_ENTRIES a file; what came before an error is kept."""
+def store(folder, entries, dtype=torch.bfloat16):
+    """Write (key, tensor) pairs, SHARD_ENTRIES or SHARD_BYTES a file; what came before an error is kept."""
     pending = {}
 
     def flush():
@@ -614,8 +722,8 @@ def store(folder, entries):
 
     try:
         for key, tensor in entries:
-            pending[key] = tensor.to("cpu", torch.bfloat16).contiguous()
-            if len(pending) == SHARD_ENTRIES:
+            pending[key] = tensor.to("cpu", dtype).contiguous()
+            if len(pending) == SHARD_ENTRIES or sum(tensor.nbytes for tensor in pending.values()) >= SHARD_BYTES:
                 flush()
     finally:
         flush()
@@ -692,7 +800,9 @@ def find_rows(config, base, rows):
     def control_key(content, made):
         return digest(picture, c.control, content) if made else digest(picture, content)
 
-    found = sum(gather([keys(id) for id in tqdm(range(RANK, len(rows), WORLD), "reading rows", disable=RANK > 0)]), [])
+    mine = tqdm(range(RANK, len(rows), WORLD), "reading rows", disable=RANK > 0)
+    found = sum(gather([keys(id) for id in mine if not asked_to_stop()]), [])
+    stop_if_asked()
     bad, found = [r for r in found if isinstance(r, BadRow)], sorted(r for r in found if isinstance(r, Row))
     images, prompts = c.validation_image or [], c.validation_prompt or []
     pairs = zip(images * (len(prompts) if len(images) == 1 else 1), prompts * (len(images) if len(prompts) == 1 else 1))
@@ -705,11 +815,12 @@ def find_rows(config, base, rows):
 def encode(config, base, rows, device):
     """Encode what the cache lacks, the work split over the ranks -> Encoded. Raises Refusal for unusable rows."""
     c, folder = config, Path(config.encoded_dir)
-    for stale in (f for f in folder.glob(".*.tmp") if RANK == 0 and time.time() - f.stat().st_mtime > 3600):
-        stale.unlink()  # left by a crash; a younger one may belong to another run that shares the cache
+    for file in folder.glob(".*.tmp") if RANK == 0 else ():
+        with contextlib.suppress(OSError):  # another run that shares the cache may clean up as well
+            time.time() - file.stat().st_mtime < 3600 or file.unlink()  # left by a crash; a younger one may be in use
     found, bad, cases, empty = find_rows(c, base, rows)
     refuse_if(bad and not c.skip_bad_rows, f"{bad and bad[0]} ({len(bad)} such rows; --skip_bad_rows leaves them out)")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_shared(folder)
     column = c.conditioning_image_column if c.control == "column" else c.image_column
     made = c.control if c.detect_validation_image else "column"
     pictures = {case.control: (None, case.image, made) for case in cases}
@@ -718,10 +829,11 @@ def encode(config, base, rows, device):
     captions = {empty: ""} | {row.caption: row.text for row in (*found, *cases)}
 
     index, broken = gather(read_index(folder) if RANK == 0 else None)[0], {}  # one index for all: others write already
-    lacking = [(key, *what) for key, what in pictures.items() if key not in index]
-    store(folder, picture_entries(c, base, rows, lacking[RANK::WORLD], device, broken))
-    lacking = [(key, text) for key, text in captions.items() if key not in index]
-    store(folder, caption_entries(c, base, lacking[RANK::WORLD], device))
+    lacking = [(key, *what) for key, what in pictures.items() if key not in index][RANK::WORLD]
+    together(lambda: store(folder, picture_entries(c, base, rows, lacking, device, broken)))
+    lacking = [(key, text) for key, text in captions.items() if key not in index][RANK::WORLD]
+    together(lambda: store(folder, caption_entries(c, base, lacking, device)))
+    stop_if_asked()
     gc.collect()  # the encoders are gone before the transformer is loaded
     torch.cuda.empty_cache()
     broken = {key: error for part in gather(broken) for key, error in part.items()}
@@ -730,8 +842,8 @@ def encode(config, base, rows, device):
     refuse_if(broken and not c.skip_bad_rows, f"{first} ({left_out} such rows; the others are encoded and kept; "
               "--skip_bad_rows leaves them out)")  # fmt: skip
     refuse_if(any(case.control in broken for case in cases), f"--validation_image: {first}")
-    if left_out and RANK == 0:
-        tqdm.write(f"left out {left_out} rows that cannot be used, the first: {first}", file=sys.stderr)
+    if left_out:
+        say(f"left out {left_out} rows that cannot be used, the first: {first}")
     index = gather(read_index(folder) if RANK == 0 else None)[0]
     wanted = {key for row in (*usable, *cases) for key in row[-2:]} | {row.image for row in usable} | {empty}
     if wanted - index.keys():
@@ -761,8 +873,11 @@ def picture_entries(config, base, rows, todo, device, broken):
     if not todo:
         return
     vae, workers = load_vae(base).to(device), min(config.dataloader_num_workers, len(todo))
-    loader = DataLoader(todo, None, collate_fn=functools.partial(read_picture, config, rows), num_workers=workers)
+    loader = DataLoader(todo, None, collate_fn=functools.partial(read_picture, config, rows), num_workers=workers,
+                        worker_init_fn=outlive_signals)  # fmt: skip
     for key, pixels in tqdm(loader, "encoding pictures", disable=RANK > 0):
+        if asked_to_stop():
+            return
         if torch.is_tensor(pixels):  # one at a time: an entry does not depend on its neighbours
             yield key, vae.encode(pixels.to(device, torch.bfloat16)).latent_dist.parameters[0]
         else:
@@ -784,6 +899,8 @@ def caption_entries(config, base, todo, device):
     options = dict(dtype=torch.bfloat16, use_safetensors=True, low_cpu_mem_usage=False)
     pipe = CogView4ControlPipeline.from_pretrained(base, transformer=None, vae=None, **options).to(device)
     for key, text in tqdm(todo, "encoding captions", disable=RANK > 0):
+        if asked_to_stop():
+            return
         with torch.no_grad():
             yield key, pipe.encode_prompt(text, None, False, max_sequence_length=config.max_sequence_length)[0][0]
 
@@ -864,7 +981,8 @@ def micro_batches(stream, start, stop, device):
     """The micro-batches of steps start .. stop, on `device`."""
     accumulation, workers = stream.config.gradient_accumulation_steps, stream.config.dataloader_num_workers
     numbers, pin = range(start * accumulation, stop * accumulation), device.type == "cuda"
-    loader = DataLoader(stream, None, sampler=numbers, num_workers=min(workers, len(numbers)), pin_memory=pin)
+    loader = DataLoader(stream, None, sampler=numbers, num_workers=min(workers, len(numbers)), pin_memory=pin,
+                        worker_init_fn=outlive_signals)  # fmt: skip
     return (to_device(batch, device) for batch in loader)
 
 
@@ -894,16 +1012,6 @@ def euler_sample(model, frame, noise, control, prompt_embeds, empty_embeds, step
             v = unguided + guidance * (v - unguided)
         x = euler_step(x, v, sigma, next_sigma).to(v.dtype)  # the scheduler rounds to the model's type as well
     return x
-
-
-@torch.no_grad()
-def decode(base, table, scaling, device):
-    """Rows of latents (16, h, w) -> rows of PIL images, by the base's VAE, which is there only for that time."""
-    from diffusers.image_processor import VaeImageProcessor
-
-    vae, processor = load_vae(base).to(device), VaeImageProcessor()
-    scaled = [[(latent[None] / scaling).to(device, torch.bfloat16) for latent in row] for row in table]
-    return [[processor.postprocess(vae.decode(latent).sample.cpu())[0] for latent in row] for row in scaled]
 
 
 def spread(jobs, work, title):
@@ -948,48 +1056,54 @@ def probe(model, frame, stream):
 def validate(model, frame, stream, base, step):
     """Draw every case and write validation/step-<step>.png: control | generated ... | target."""
     c, encoded, device = stream.config, stream.encoded, frame.size.device
+    cases, drawn = encoded.cases, range(c.num_validation_images)
 
     def generate(job):
-        case, side = encoded.cases[job[0]], c.resolution // PIXELS_PER_LATENT
+        """Latent of (case, number of the picture), (16, h, w)."""
+        case, side = cases[job[0]], c.resolution // PIXELS_PER_LATENT
         noise = torch.randn(1, LATENT_CHANNELS, side, side, generator=draw(c.seed, "validation", *job))
         texts = (encoded.embedding(key)[None] for key in (case.caption, encoded.empty))
         inputs = [tensor.to(device) for tensor in (noise, encoded.latent(case.control)[None], *texts)]
         return euler_sample(model, frame, *inputs, c.num_inference_steps, c.guidance_scale)[0].float().cpu()
 
-    jobs = [(case, n) for case in range(len(encoded.cases)) for n in range(c.num_validation_images)]
-    latents = spread(jobs, generate, "drawing")
-    if RANK == 0:
-        table = []
-        for number, case in enumerate(encoded.cases):
-            drawn = [latents[number, n] for n in range(c.num_validation_images)]
-            target = [encoded.latent(case.image)] if case.image else []
-            table.append((case.text, [encoded.latent(case.control), *drawn, *target]))
-        headings = ["control", *["generated"] * c.num_validation_images, "target"]
-        images = decode(base, [row for _, row in table], encoded.scaling, device)
-        table = [(text, row) for (text, _), row in zip(table, images)]
-        save_grid(Path(c.output_dir, "validation", f"step-{step}.png"), table, headings)
+    def write():
+        targets = [[encoded.latent(case.image)] if case.image else [] for case in cases]
+        rows = [[encoded.latent(case.control), *(latents[number, n] for n in drawn), *targets[number]]
+                for number, case in enumerate(cases)]  # fmt: skip
+        images, headings = decode(encoded, base, rows, device), ["control", *["generated" for _ in drawn], "target"]
+        save_grid(Path(c.output_dir, "validation", f"step-{step}.png"), [case.text for case in cases], images, headings)
+
+    latents = spread([(number, n) for number in range(len(cases)) for n in drawn], generate, "drawing")
+    together(write, RANK == 0)
 
 
 def log_samples(stream, base, device):
     """dataset_samples.png: image | control | overlay as the model is fed them, decoded from the cache; token counts."""
     encoded, rows = stream.encoded, stream.encoded.train[:SHEET_ROWS]
-    latents = [[encoded.latent(row.image), encoded.latent(row.control)] for row in rows]
-    table = []
-    for row, (image, control) in zip(rows, decode(base, latents, encoded.scaling, device)):
-        title = f"row {row.id}, {encoded.index[row.caption][1]} tokens: {row.text}"
-        table.append((title, [image, control, Image.blend(image, control, 0.5)]))
-    save_grid(Path(stream.config.output_dir, "dataset_samples.png"), table, ["image", "control", "overlay"])
+    titles = [f"row {row.id}, {encoded.index[row.caption][1]} tokens: {row.text}" for row in rows]
+    pairs = decode(encoded, base, [[encoded.latent(row.image), encoded.latent(row.control)] for row in rows], device)
+    sheet = [[image, control, Image.blend(image, control, 0.5)] for image, control in pairs]
+    save_grid(Path(stream.config.output_dir, "dataset_samples.png"), titles, sheet, ["image", "control", "overlay"])
 
 
-def save_grid(file, rows, headings):
-    """Write [(title, images)] as one PNG: a row each under its title, columns of at least 160 px under headings."""
-    cell, line = max(160, rows[0][1][0].width), 16
-    grid = Image.new("RGB", (cell * max(len(images) for _, images in rows), line + (cell + line) * len(rows)), "white")
+@torch.no_grad()
+def decode(encoded, base, table, device):
+    """Rows of latents (16, h, w) -> rows of PIL images, by the base's VAE, which is there only for that time."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    vae, picture = load_vae(base).to(device), VaeImageProcessor().postprocess
+    scaled = [[(latent[None] / encoded.scaling).to(device, torch.bfloat16) for latent in row] for row in table]
+    return [[picture(vae.decode(latent).sample.cpu())[0] for latent in row] for row in scaled]
+
+
+def save_grid(file, titles, rows, headings):
+    """Write rows of images as one PNG: each under its title, in columns of at least 160 px under the headings."""
+    cell, line = max(160, rows[0][0].width), 16
+    grid = Image.new("RGB", (cell * max(map(len, rows)), line + (cell + line) * len(rows)), "white")
     pen = ImageDraw.Draw(grid)
     for column, heading in enumerate(headings):
         pen.text((column * cell + 4, 2), heading, fill="black")
-    for number, (title, images) in enumerate(rows):
-        top = line + number * (cell + line)
+    for top, title, images in zip(range(line, grid.height, cell + line), titles, rows):
         pen.text((4, top + 2), " ".join(title.split())[: grid.width // 6], fill="black")
         for column, image in enumerate(images):
             grid.paste(image.resize((cell, cell), Image.Resampling.NEAREST), (column * cell, top + line))
@@ -998,10 +1112,11 @@ def save_grid(file, rows, headings):
 
 
 # === 9. engine and checkpoints ========================================================================================
+# What continues a run is kept by parameter, not by rank: any number of ranks and any ZeRO stage can go on from it.
 
 
-def start_ranks():
-    """Join the other ranks, alone where nobody launched us -> this rank's device."""
+def start_ranks(minutes=120):
+    """Join the others, alone where nobody launched us -> this rank's device. minutes: how long one waits for all."""
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -1014,7 +1129,7 @@ def start_ranks():
     else:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     torch.backends.cuda.enable_cudnn_sdp(False)  # gave NaN gradients with masks (pytorch#196678); others remain
-    deepspeed.init_distributed(timeout=PATIENCE, verbose=False)
+    deepspeed.init_distributed(timeout=datetime.timedelta(minutes=minutes), verbose=False)
     return torch.device(accelerator.current_device_name())
 
 
@@ -1029,25 +1144,32 @@ def check_engine(settings):
 
 
 def start_engine(config, settings, model):
-    """deepspeed.initialize with the optimizer of ds_config.json, or ours where it has none."""
+    """deepspeed.initialize with the optimizer of ds_config.json, or ours where it has none; its moments are zeros."""
     import deepspeed
 
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    zero = settings.get("zero_optimization", {})
-    offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    c, parameters = config, [p for p in model.parameters() if p.requires_grad]
+    offloaded = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
     make = deepspeed.ops.adam.DeepSpeedCPUAdam if offloaded else functools.partial(torch.optim.AdamW, fused=True)
-    optimizer = None if "optimizer" in settings else make(parameters, lr=0.0)  # set_optimizer says the rest
+    optimizer = None if "optimizer" in settings else make(parameters, lr=0.0)
     engine = deepspeed.initialize(model=model, model_parameters=parameters, optimizer=optimizer, config=settings)[0]
-    for state in engine.basic_optimizer.state.values():  # made by a step without gradients, which stage 0 counts
-        state["step"] = 0 * state["step"]
+    engine.monitor.enabled = False  # of DeepSpeed's own rows, on an axis of their own; ours are written all the same
+    adam, zero, betas = engine.basic_optimizer, engine.optimizer, (c.adam_beta1, c.adam_beta2)
+    for group in adam.param_groups:  # the command line owns its settings
+        group.update(lr=0.0, betas=betas, eps=c.adam_epsilon, weight_decay=c.adam_weight_decay)
+    flat = getattr(zero, "fp32_partitioned_groups_flat", None)  # ZeRO-3 keeps nothing in the groups
+    for p in flat or [p for group in adam.param_groups for p in group["params"]]:
+        adam.state[p] = {key: torch.zeros_like(p) for key in MOMENTS}
+    set_adam_step(engine, 0)
+    link = getattr(zero, "_lazy_init_hp_params_optimizer_state", None)
+    link and link()  # DeepSpeed does this in its first step; saving and loading may come before it
     return engine
 
 
-def set_optimizer(engine, config, rate):
-    """The command line owns the optimizer's settings, also after a checkpoint has been read."""
-    more = dict(betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
-    for group in engine.optimizer.param_groups:
-        group.update(lr=rate, weight_decay=config.adam_weight_decay, **more)
+def set_adam_step(engine, step):
+    """Steps that Adam has taken: they decide its bias correction. PyTorch counts in a tensor, DeepSpeed in a number."""
+    adam = engine.basic_optimizer
+    for p, state in adam.state.items():
+        state["step"] = torch.tensor(float(step), device=p.device) if isinstance(adam, torch.optim.Adam) else step
 
 
 def schedule(config, steps):
@@ -1057,6 +1179,40 @@ def schedule(config, steps):
     c, optimizer = config, torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
     curve = get_scheduler(c.lr_scheduler, optimizer, None, c.lr_warmup_steps, steps, c.lr_num_cycles, c.lr_power)
     return lambda step: c.learning_rate * curve.lr_lambdas[0](step)
+
+
+def state_parts(engine):
+    """(name, read, write) of what continues a run: fp32 weights and Adam's moments of all that trains, whole tensors.
+
+    read() is collective above stage 0, where the ranks hold parts; write(tensor) takes this rank's part."""
+    import deepspeed.utils as zero
+
+    def write_partition(p, key, tensor):  # DeepSpeed's own reads past the end where the ranks do not divide the size
+        size = p.ds_tensor.numel()
+        tensor = F.pad(tensor.flatten(), (0, size * WORLD - tensor.numel())).narrow(0, size * RANK, size)
+        p._z3_optimizer.set_local_hp_param(tensor, p, key)
+
+    trained = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
+    masters = sum(getattr(engine.optimizer, "fp32_groups", []), []) or [p for _, p in trained]  # of stage 0
+    for (name, p), master in zip(trained, masters):
+        for key in (None, *MOMENTS):  # None: the weight itself, in DeepSpeed as well
+            if engine.zero_optimization_stage() == 0:
+                part = engine.basic_optimizer.state[master][key] if key else master.data
+                read, write = part.clone, part.copy_
+            else:
+                read = functools.partial(zero.safe_get_full_optimizer_state, p, key)
+                set_whole = functools.partial(zero.safe_set_full_optimizer_state, p, optim_state_key=key)
+                write = functools.partial(write_partition, p, key) if hasattr(p, "ds_id") else set_whole
+            yield f"{key or 'master'}.{name}", read, write
+
+
+def load_state(engine, folder, adam_steps):
+    """What `save_checkpoint` wrote of state_parts, into this engine, whatever its ranks and stage."""
+    index = read_index(folder)
+    for name, _, write in state_parts(engine):
+        write(open_shard(index[name][0]).get_tensor(name))
+    open_shard.cache_clear()  # what stays mapped keeps its disk space when the checkpoint goes
+    set_adam_step(engine, adam_steps)
 
 
 def export(engine, folder, upcast):
@@ -1069,62 +1225,72 @@ def export(engine, folder, upcast):
         with deepspeed.zero.GatheredParameters(parameter):  # does nothing below ZeRO-3
             if RANK == 0:
                 state[name] = parameter.detach().to("cpu", torch.float32 if upcast else None, copy=True)
-    if RANK == 0:
+
+    def write():
         engine.module.save_config(folder)
         pattern = "diffusion_pytorch_model{suffix}.safetensors"
         save_torch_state_dict(state, folder, filename_pattern=pattern, max_shard_size="10GB")
         for file in folder.glob("*.safetensors"):
             file.chmod((folder / "config.json").stat().st_mode)  # as in write_aside
 
+    together(write, RANK == 0)
+
 
 def checksums(folder):
     """{relative path: [bytes, SHA-256]} of the files of a checkpoint, the reading split over the ranks."""
-    mine = {}
-    for file in sorted(f for f in folder.rglob("*") if f.is_file() and f.name != "manifest.json")[RANK::WORLD]:
-        mine[str(file.relative_to(folder))] = [file.stat().st_size, file_digest(file)]
-    return dict(sorted(item for part in gather(mine) for item in part.items()))
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != "manifest.json")
+    mine = gather(files)[0][RANK::WORLD]  # as rank 0 sees them: network disks show new files to some machines later
+    parts = together(lambda: {str(f.relative_to(folder)): [f.stat().st_size, file_digest(f)] for f in mine})
+    return dict(sorted(item for part in parts for item in part.items()))
 
 
-def save_checkpoint(engine, config, step, identity):
-    """checkpoint-<step>: state and weights written aside, the manifest with their checksums last, then renamed."""
-    final = Path(config.output_dir, f"checkpoint-{step}")
-    aside = final.with_name(f".{final.name}.tmp")
-    for left in final.parent.glob(".checkpoint-*.tmp") if RANK == 0 else ():
-        shutil.rmtree(left)  # of a save that was killed
-    dist.barrier()
-    engine.save_checkpoint(str(aside / "state"), tag="engine")
-    export(engine, aside / "transformer", config.upcast_before_saving)
-    dist.barrier()
-    files = checksums(aside)
-    if RANK == 0:
-        base = Path(config.pretrained_model_name_or_path)
-        manifest = {"step": step, "samples": step * config.total_batch_size, "identity": identity, "files": files,
-                    "base": str(base.absolute() if base.is_dir() else base)}  # fmt: skip
+def save_checkpoint(engine, config, step, identity, skipped=0):
+    """checkpoint-<step>: state and weights written aside, the manifest with their checksums last, then renamed.
+
+    Where one rank cannot write all stop, and the older checkpoints are untouched. Raises Failure."""
+    folder, final = Path(config.output_dir), Path(config.output_dir, f"checkpoint-{step}")
+    aside, base = folder / f".checkpoint-{step}.tmp", Path(config.pretrained_model_name_or_path)
+    mine = ((name, read()) for name, read, _ in state_parts(engine))
+    mine = (part for n, part in enumerate(mine) if n % WORLD == RANK)
+
+    def write_state():
+        try:
+            (aside / "state").mkdir(parents=True, exist_ok=True)
+            store(aside / "state", mine, torch.float32)
+        finally:
+            collections.deque(mine, 0)  # who cannot write still takes part in reading: the others wait for it
+
+    def finish():
+        manifest = {"step": step, "samples": step * config.total_batch_size, "skipped": skipped, "identity": identity,
+                    "base": str(base.absolute() if base.is_dir() else base), "files": files}  # fmt: skip
         write_aside(aside / "manifest.json", lambda path: path.write_text(json.dumps(manifest, indent=1)))
         shutil.rmtree(final, ignore_errors=True)  # of the same step, if an older checkpoint was chosen to go on from
         os.replace(aside, final)
         # what was passed over as damaged has a higher step: it goes first, then the oldest; never the one just written
-        others = sorted(checkpoints(config.output_dir), key=lambda c: (step_of(c) <= step, step_of(c)))[:-1]
+        others = sorted(checkpoints(folder).items(), key=lambda item: (item[0] <= step, item[0]))[:-1]
         keep = config.checkpoints_total_limit - 1
-        for old in others[: len(others) - keep] if 0 <= keep < len(others) else ():
-            shutil.rmtree(old)
-    dist.barrier()
+        for _, old in others[: len(others) - keep] if 0 <= keep < len(others) else ():
+            shutil.rmtree(old, ignore_errors=True)
+
+    together(lambda: [shutil.rmtree(left) for left in folder.glob(".checkpoint-*.tmp")], RANK == 0)  # of a kill
+    together(write_state)
+    export(engine, aside / "transformer", config.upcast_before_saving)
+    files = checksums(aside)
+    os.sync()  # against a power cut: on the disk before an older checkpoint goes
+    together(finish, RANK == 0)
 
 
 def checkpoints(folder):
-    """Folders checkpoint-<step>, oldest first."""
-    return sorted((f for f in Path(folder).glob("checkpoint-*") if f.name.split("-")[1].isdigit()), key=step_of)
-
-
-def step_of(checkpoint):
-    return int(checkpoint.name.split("-")[1])
+    """{step: folder checkpoint-<step>}, oldest first."""
+    found = (f for f in Path(folder).glob("checkpoint-*") if f.name[11:].isdigit())
+    return dict(sorted((int(f.name[11:]), f) for f in found))
 
 
 def find_checkpoint(config):
-    """(newest whole checkpoint, its manifest), or (None, None) for a new run; all ranks agree. Raises Refusal.
+    """(newest whole checkpoint, its manifest), or (None, {}) for a new run; all ranks agree. Raises Refusal.
 
     Whole: all files that its manifest lists are there as they were written, and no others."""
-    wanted, present = config.resume_from_checkpoint, checkpoints(config.output_dir)
+    wanted, present = config.resume_from_checkpoint, gather(list(checkpoints(config.output_dir).values()))[0]
     refuse_if(wanted == "none" and present, f"--resume_from_checkpoint none: {config.output_dir} holds checkpoints; "
               "choose another --output_dir or move them away")  # fmt: skip
     if wanted not in ("latest", "none"):
@@ -1135,26 +1301,23 @@ def find_checkpoint(config):
                   "go on from it, or move it away")  # fmt: skip
         present = chosen
     for checkpoint in reversed(present):
+        found, manifest = checksums(checkpoint), {}
         try:
             manifest = json.loads((checkpoint / "manifest.json").read_text())
         except (OSError, ValueError):
-            manifest = {}
-        if checksums(checkpoint) == manifest.get("files"):
+            pass
+        manifest = gather(manifest)[0]  # of rank 0, so that all agree
+        listed = manifest.get("files", {"manifest.json": None})
+        if found == listed:
             return checkpoint, manifest
+        wrong = sorted(name for name in found.keys() | listed.keys() if found.get(name) != listed.get(name))
+        say(f"{checkpoint} is passed over: {wrong[0]} is not as it was written ({len(wrong)} such files)")
     refuse_if(present, f"{present and present[-1]}: not whole, nor is an older checkpoint; move it away to start anew")
-    return None, None
-
-
-def identity_of(config, settings):
-    """What decides which samples a run sees and how its state looks: a checkpoint goes on where it is the same."""
-    names = ("seed", "total_batch_size", "resolution", "max_sequence_length", "control", "proportion_empty_prompts",
-             "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "mixed_precision",
-             "only_target_transformer_blocks")  # fmt: skip
-    engine = {"number of ranks": WORLD, "ZeRO stage": settings.get("zero_optimization", {}).get("stage", 0)}
-    return {name: getattr(config, name) for name in names} | engine
+    return None, {}
 
 
 def refuse_another(found, manifest, identity):
+    """A checkpoint goes on where what decides the samples of a run, and how its state looks, is the same."""
     for name, now in identity.items() if found else ():
         saved = manifest["identity"].get(name)
         refuse_if(saved != now, f"{found} was made with {name} = {saved}, now it is {now}: the run would not go on as "
@@ -1176,9 +1339,14 @@ class Log:
             write_aside(self.file, lambda path: path.write_text("".join(kept)))
 
     def write(self, kind, step, values):
-        if RANK == 0:
+        """A row of figures, kind "train" or "probe"; what is None or a list goes to the file alone. Raises Failure."""
+
+        def write():
             with open(self.file, "a") as file:
                 file.write(json.dumps({"step": step} | values) + "\n")
+
+        together(write, RANK == 0)
+        if RANK == 0:
             scalars = {name: value for name, value in values.items() if isinstance(value, (int, float))}
             self.engine.monitor.write_events([(f"{kind}/{name}", value, step) for name, value in scalars.items()])
             bar = ("loss", "lr", "grad_norm", "samples_per_s", "probe_loss", "control_gain")
@@ -1187,40 +1355,64 @@ class Log:
             self.bar.update(step - self.bar.n)
 
 
-def train(engine, stream, frame, base, identity, start, steps):
-    """Optimizer steps start + 1 .. steps, with their evaluations and checkpoints."""
-    c, encoded = stream.config, stream.encoded
-    rate, log = schedule(c, steps), Log(c, engine, start, steps)
-    batches = micro_batches(stream, start, steps, frame.size.device)
+def evaluate(engine, stream, frame, base, log, step):
+    """Probe and pictures of a step."""
+    figures = probe(engine.module, frame, stream)
+    if figures:
+        log.write("probe", step, figures)
+    if stream.encoded.cases and stream.config.num_validation_images:
+        validate(engine.module, frame, stream, base, step)
 
-    def evaluate(step):
-        if step % c.validation_steps == 0 or step == steps:
-            figures = probe(engine.module, frame, stream)
-            if figures:
-                log.write("probe", step, figures)
-            if encoded.cases and c.num_validation_images:
-                validate(engine.module, frame, stream, base, step)
 
+def train_step(engine, frame, batches, config, rate):
+    """One optimizer step -> (loss, gradient norm or None, does a rank want to stop?), the same on all ranks."""
+    losses = []
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+    for _ in range(config.gradient_accumulation_steps):
+        loss = batch_loss(engine, frame, next(batches), config.weighting_scheme)
+        engine.backward(loss)
+        engine.step()  # does nothing before the last micro-batch, nor where a gradient is not finite
+        losses.append(loss.detach())
+    figures = torch.stack([torch.stack(losses).mean() / WORLD, loss.new_tensor(float(asked_to_stop()))])
+    dist.all_reduce(figures)
+    (loss, stops), norm = figures.tolist(), engine.get_global_grad_norm()  # waits for the device: the clock is true
+    return loss, norm if norm is None else float(norm), stops > 0
+
+
+def train(engine, stream, frame, base, identity, start, steps, skipped=0):
+    """Optimizer steps start + 1 .. steps, with their evaluations and checkpoints. Raises Failure and Preempted."""
+    c, rate, log = stream.config, schedule(stream.config, steps), Log(stream.config, engine, start, steps)
+    in_a_row, usual = 0, math.inf  # steps that came to nothing; running mean of the loss
+    stop_if_asked()
     if start == 0:
-        evaluate(0)
-    for step in range(start + 1, steps + 1):
-        clock, losses = time.perf_counter(), []
-        set_optimizer(engine, c, rate(step - 1))
-        for _ in range(c.gradient_accumulation_steps):
-            loss = batch_loss(engine, frame, next(batches), c.weighting_scheme)
-            engine.backward(loss)
-            engine.step()
-            losses.append(loss.detach())
-        loss, norm = torch.stack(losses).mean() / WORLD, engine.get_global_grad_norm()
-        dist.all_reduce(loss)
-        loss, norm = loss.item(), math.nan if norm is None else float(norm)  # waits for the device: the clock is true
-        loss, norm = (value if math.isfinite(value) else None for value in (loss, norm))  # JSON knows no NaN
-        speed = c.total_batch_size / (time.perf_counter() - clock)
-        log.write("train", step, {"samples": step * c.total_batch_size, "loss": loss, "lr": rate(step - 1),
-                                  "grad_norm": norm, "samples_per_s": speed})  # fmt: skip
-        evaluate(step)  # before saving: a checkpoint has everything of its step behind it
-        if step % c.checkpointing_steps == 0 or step == steps:
-            save_checkpoint(engine, c, step, identity)
+        evaluate(engine, stream, frame, base, log, 0)
+    with contextlib.closing(micro_batches(stream, start, steps, frame.size.device)) as batches:
+        for step in range(start + 1, steps + 1):
+            faulthandler.dump_traceback_later(60 * c.timeout_minutes, exit=True)  # if one rank hangs, all say where
+            clock = time.perf_counter()
+            loss, norm, stop = train_step(engine, frame, batches, c, rate(step - 1))
+            speed = c.total_batch_size / (time.perf_counter() - clock)
+            applied = engine.was_step_applied()  # DeepSpeed skips what is not finite on some rank
+            good = applied and math.isfinite(loss)
+            in_a_row, skipped = 0 if good else in_a_row + 1, skipped + (not applied)
+            values = {"samples": step * c.total_batch_size, "loss": loss, "lr": rate(step - 1), "grad_norm": norm,
+                      "samples_per_s": speed, "skipped": skipped}  # fmt: skip
+            values = {name: v if v is not None and math.isfinite(v) else None for name, v in values.items()}  # as JSON
+            if not good or loss > SPIKE * usual:
+                values["rows"] = [stream.row(k)[0].id for k in stream.order(step - 1)]
+            log.write("train", step, values)
+            if in_a_row == c.max_skipped_steps or (applied and not good):  # the latter where the engine does not check
+                raise Failure(f"no finite loss and gradient in {in_a_row} steps in a row, the last of them {step}, of "
+                              f"the rows {values['rows']}")  # fmt: skip
+            usual = usual if not good else loss if usual == math.inf else 0.95 * usual + 0.05 * loss
+            if step % c.validation_steps == 0 or step == steps:
+                evaluate(engine, stream, frame, base, log, step)  # before saving: then a checkpoint has it behind it
+            if step % c.checkpointing_steps == 0 or step == steps or stop:
+                save_checkpoint(engine, c, step, identity, skipped)
+            if stop and step < steps:
+                raise Preempted(f"stopped by a signal after step {step}; the same command again goes on from there")
+    faulthandler.cancel_dump_traceback_later()
 
 
 # === 11. main =========================================================================================================
@@ -1228,18 +1420,18 @@ def train(engine, stream, frame, base, identity, start, steps):
 
 def find_base(config, name, patterns=("*.json", "*.safetensors", "*.txt", "*.model")):
     """Folders of the base and of its transformer. A checkpoint made here is a transformer; the rest is its base's."""
-    path = [Path(name), *checkpoints(name)][-1]  # of a run's output folder the last checkpoint
+    path = [Path(name), *checkpoints(name).values()][-1]  # of a run's output folder the last checkpoint
     for checkpoint in (path, path.parent) if path.name == "transformer" else (path,):
         if (checkpoint / "manifest.json").exists():
-            manifest = json.loads((checkpoint / "manifest.json").read_text() or "{}")
-            refuse_if("base" not in manifest, f"{checkpoint}: its manifest.json does not name a base")
-            return find_base(config, manifest["base"], patterns)[0], checkpoint / "transformer"
+            base = json.loads((checkpoint / "manifest.json").read_text() or "{}").get("base")
+            refuse_if(not base, f"{checkpoint}: its manifest.json does not name a base")
+            return find_base(config, base, patterns)[0], checkpoint / "transformer"
     if not path.is_dir():
         from huggingface_hub import snapshot_download
 
-        where = dict(revision=config.revision, cache_dir=config.cache_dir)
+        where = dict(revision=config.revision, cache_dir=config.cache_dir, allow_patterns=patterns)
         try:
-            path = Path(snapshot_download(name, allow_patterns=patterns, **where))
+            path = Path(snapshot_download(name, **where))
         except Exception as error:  # no name, no network, no access: each has a class of its own
             why = f"no such folder, and not to be had from the hub: {reason(error)}"
             raise Refusal(f"--pretrained_model_name_or_path {name}: {why}")
@@ -1248,45 +1440,45 @@ def find_base(config, name, patterns=("*.json", "*.safetensors", "*.txt", "*.mod
 
 def check_base(config, base, transformer):
     """All parts are there, and are what this file knows how to train. Raises Refusal."""
-    shapes, name = {}, f"base {config.pretrained_model_name_or_path}"
+    parts, name = {}, f"base {config.pretrained_model_name_or_path}"
     for file in ("model_index.json", "tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json",
                  "text_encoder/config.json", "vae/config.json", "transformer/config.json"):  # fmt: skip
-        part = file.split("/")[0]
-        path = transformer / "config.json" if part == "transformer" else base / file
+        path = transformer / "config.json" if file.startswith("transformer") else base / file
         try:
-            shapes[part] = json.loads(path.read_text())
+            parts[file.split("/")[0]] = json.loads(path.read_text())
         except (OSError, ValueError):
             raise Refusal(f"{name}: {path} is missing or not JSON")
     known = {"use_dynamic_shifting": True, "time_shift_type": "linear", "base_image_seq_len": BASE_TOKENS,
              "base_shift": BASE_SHIFT, "max_shift": MAX_SHIFT, "num_train_timesteps": TIMESTEPS}  # fmt: skip
-    shifts = {key: shapes["scheduler"].get(key) for key in known}
+    shifts = {key: parts["scheduler"].get(key) for key in known}
     refuse_if(shifts != known, f"{name}: its scheduler is not CogView4's: {shifts}")
-    shape = [shapes["transformer"].get(key) for key in ("patch_size", "in_channels", "out_channels")]
-    shape += [shapes["vae"].get("latent_channels")]
-    c = LATENT_CHANNELS
+    shape, c = [parts["transformer"].get(key) for key in ("patch_size", "in_channels", "out_channels")], LATENT_CHANNELS
+    shape += [parts["vae"].get("latent_channels")]
     refuse_if(shape not in ([2, c, c, c], [2, 2 * c, c, c]), f"{name}: patches or channels are not CogView4's: {shape}")
 
 
 def check_weights(config, base, transformer):
-    """The safetensors of all parts are there, all shards of them. Raises Refusal."""
+    """The safetensors of all parts are there, all shards of them -> weights of the transformer. Raises Refusal."""
     for folder in (base / "text_encoder", base / "vae", transformer):
         files = weight_files(folder, config.variant)
-        index = [*folder.glob("*.index.json")] if not config.variant else []
+        index = [] if config.variant else folder.glob("*.index.json")
         shards = {shard for file in index for shard in json.loads(file.read_text())["weight_map"].values()}
         missing = shards - {file.name for file in files}
         refuse_if(not files or missing, f"base: no safetensors in {folder}{f' for {missing}' if missing else ''}")
+    shards = [safe_open(file, "pt") for file in files]
+    return sum(math.prod(shard.get_slice(name).get_shape()) for shard in shards for name in shard.keys())
 
 
 def write_run(config, settings, start, steps):
     """run.json: what ran, with what, on what."""
     from importlib.metadata import version
 
-    git = f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD 2>/dev/null"
-    git = subprocess.run(git, shell=True, capture_output=True, text=True)  # by a shell: git need not be there
+    # an empty string where this file is in no repository, or git not there
+    commit = subprocess.getoutput(f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD 2>/dev/null")
     packages = {name: version(name) for name in ("torch", "deepspeed", "diffusers", "transformers")}
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     run = {"command": sys.argv, "start_step": start, "steps": steps, "config": dataclasses.asdict(config),
-           "deepspeed": settings, "ranks": WORLD, "hardware": hardware, "commit": git.stdout.strip() or None,
+           "deepspeed": settings, "ranks": WORLD, "hardware": hardware, "commit": commit,
            "versions": packages | {"python": platform.python_version()}}  # fmt: skip
     write_aside(Path(config.output_dir, "run.json"), lambda path: path.write_text(json.dumps(run, indent=1)))
 
@@ -1300,6 +1492,53 @@ def publish(config, checkpoint):
             os.link(file, final)
         except OSError:
             shutil.copyfile(file, final)
+
+
+def check_disk(config, rows, parameters, steps):
+    """The disks take what the run will write, as far as it is known before a row is read. Raises Refusal."""
+    c, kept = config, math.ceil(steps / config.checkpointing_steps)
+    kept = min(kept, c.checkpoints_total_limit or kept) + 1  # one is written while the others are still there
+    kept -= min(kept, len(checkpoints(c.output_dir)))
+    state = kept * parameters * (16 if c.upcast_before_saving or c.mixed_precision == "no" else 14)  # bytes
+    state -= sum(f.stat().st_size for f in Path(c.output_dir).glob(".checkpoint-*.tmp/**/*") if f.is_file())  # will go
+    cache = 2 * rows * 4 * LATENT_CHANNELS * (c.resolution // PIXELS_PER_LATENT) ** 2  # two pictures' moments in bf16
+    cache -= sum(file.stat().st_size for file in Path(c.encoded_dir).glob("*.safetensors"))
+    for flag, folder, needed in (("output_dir", c.output_dir, state), ("encoded_dir", c.encoded_dir, cache)):
+        folder = Path(folder).absolute()
+        free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+        refuse_if(needed > free, f"--{flag} {folder}: {needed / 1e9:.1f} GB will be written, {free / 1e9:.1f} GB are "
+                  "free; fewer --checkpoints_total_limit need less")  # fmt: skip
+
+
+def open_repository(config):
+    """Id of the repository for --push_to_hub, made at the start: no run ends without it. Raises Refusal."""
+    from huggingface_hub import create_repo
+
+    try:
+        return create_repo(config.hub_model_id or Path(config.output_dir).name, exist_ok=True).repo_id
+    except Exception as error:  # no network, no login, no right to it: each has a class of its own
+        raise Refusal(f"--push_to_hub: {reason(error)}; log in with `hf auth login`, or set HF_TOKEN")
+
+
+def push(config, repository, steps):
+    """Upload the weights, figures, pictures and a model card. Raises Failure."""
+    from diffusers.utils.hub_utils import load_or_create_model_card
+    from huggingface_hub import upload_folder
+
+    c, folder = config, Path(config.output_dir)
+    data = c.jsonl_for_train or c.dataset_name
+    figures = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if "control_gain" in line][-1:]
+    text = f"""{steps} steps of {c.total_batch_size} samples, {c.resolution} px. Data: {data}.
+`{shlex.join(sys.argv)}`. Held-out figures: `{"".join(figures)}`. The transformer of a CogView4ControlPipeline:
+`CogView4Transformer2DModel.from_pretrained("{repository}", torch_dtype=torch.bfloat16)`."""
+    files = ["README.md", "config.json", "diffusion_pytorch_model*", "metrics.jsonl", "validation/*.png"]
+    try:
+        card = load_or_create_model_card(repository, from_training=True, base_model=c.pretrained_model_name_or_path,
+                                         model_description=text)  # fmt: skip
+        card.save(folder / "README.md")
+        upload_folder(repo_id=repository, folder_path=folder, allow_patterns=files, ignore_patterns="checkpoint-*")
+    except Exception as error:  # as above
+        raise Failure(f"--push_to_hub: {reason(error)}; the weights are in {folder}, `hf upload` takes them")
 
 
 def run(config):
@@ -1318,39 +1557,43 @@ def run(config):
     if c.dry_run:
         return
     base, transformer = find_base(c, c.pretrained_model_name_or_path)
-    check_weights(c, base, transformer)
+    check_disk(c, len(rows), check_weights(c, base, transformer), steps)
     c.control == "column" or load_detector(c.control)
-    device = start_ranks()
+    repository = open_repository(c) if c.push_to_hub and RANK == 0 else None
+    heed_signals()
+    device = start_ranks(1.5 * c.timeout_minutes)  # longer than a step may take: a rank that hangs is reported there
     check_engine(settings)
     torch.manual_seed(c.seed)
     torch.backends.cuda.matmul.allow_tf32 = c.allow_tf32
-    (found, manifest), identity = find_checkpoint(c), identity_of(c, settings)
+    found, manifest = find_checkpoint(c)
+    identity = {name: getattr(c, name) for name in IDENTITY}
     refuse_another(found, manifest, identity)
     encoded = encode(c, base, rows, device)
     steps = count_steps(c, len(encoded.train))
     content = digest(*(part for row in encoded.train for part in row))
     identity |= {"rows": len(encoded.train), "content of the rows": content}
     refuse_another(found, manifest, identity)
-    Path(c.output_dir).mkdir(parents=True, exist_ok=True)
+    make_shared(c.output_dir)
 
-    dtype = torch.bfloat16 if c.mixed_precision == "bf16" else torch.float32
-    model = load_transformer(transformer, c.variant, dtype, device)
+    dtype, start = torch.bfloat16 if c.mixed_precision == "bf16" else torch.float32, manifest.get("step", 0)
+    transformer, variant = (found / "transformer", None) if found else (transformer, c.variant)
+    model = load_transformer(transformer, variant, dtype, device)
     choose_trainable(model, c.only_target_transformer_blocks)
     if c.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     frame, engine = prepare(model, c.resolution, device, dtype), start_engine(c, settings, model)
-    stream, start = Stream(c, encoded, RANK, WORLD), manifest["step"] if found else 0
+    stream = Stream(c, encoded, RANK, WORLD)
     if found:
-        engine.load_checkpoint(str(found / "state"), tag="engine")
-    if RANK == 0:
-        write_run(c, settings, start, steps)
-        log_samples(stream, base, device) if c.log_dataset_samples else None
-    train(engine, stream, frame, base, identity, start, steps)
-    if RANK == 0:
-        publish(c, Path(c.output_dir, f"checkpoint-{steps}") if start < steps else found)
-        print(f"done: weights in {c.output_dir}, pictures in {Path(c.output_dir, 'validation')}")
+        load_state(engine, found / "state", start - manifest["skipped"])
+    together(lambda: write_run(c, settings, start, steps), RANK == 0)
+    together(lambda: log_samples(stream, base, device), RANK == 0 and c.log_dataset_samples)
+    train(engine, stream, frame, base, identity, start, steps, manifest.get("skipped", 0))
+    together(lambda: publish(c, Path(c.output_dir, f"checkpoint-{steps}") if start < steps else found), RANK == 0)
     dist.barrier()
     dist.destroy_process_group()
+    if RANK == 0:
+        push(c, repository, steps) if repository else None
+        print(f"done: weights in {c.output_dir}, pictures in {Path(c.output_dir, 'validation')}")
 
 
 def count_steps(config, rows):
@@ -1361,13 +1604,17 @@ def count_steps(config, rows):
 
 
 def main(argv=None):
-    """Exit code 0: done. 2: the request is wrong, one line says why. 1: a failure while running."""
+    """Exit code 0: done. 1: a failure. 2: the request is wrong. 75: stopped by a signal. One line says why."""
     try:
         run(parse(argv))
-    except Refusal as refusal:
-        time.sleep(10 * (RANK > 0))  # rank 0 mostly says the same, and the launcher ends us once it has spoken
-        tqdm.write(f"cv4ctrl.py: {refusal}", file=sys.stderr)
-        sys.exit(2)
+    except Ended as end:
+        alone = RANK > 0 and isinstance(end, Refusal)  # other ends are agreed on, and said by rank 0
+        time.sleep(10 * alone)  # it mostly says the same, and the launcher ends us once it has spoken
+        if alone or RANK == 0:
+            tqdm.write(f"cv4ctrl.py: {end}", file=sys.stderr)
+        if dist.is_initialized():
+            dist.destroy_process_group()  # else gloo sometimes aborts at exit, and changes the exit code
+        sys.exit(end.code)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bash run.sh demo [flags]         train a tiny base on a tiny data set under demo/, on whatever is there
+# bash run.sh demo [flags]         fine-tune the tiny base of tests/base under demo/, on whatever is there
 # bash run.sh test [pytest flags]  run the tests
 # bash run.sh [flags]              the recipe: CogView4-6B, all GPUs, 8 samples a card, 128 a step; any flag is passed on
 #
@@ -45,12 +45,14 @@ demo)
   shift
   prepare
   "$python" "$here/tests/tiny.py" "$here/demo"
-  rm -rf "$here/demo/run" # training starts anew; base and encoded data are kept
-  exec "$python" -m deepspeed.launcher.runner --num_gpus="${NUM_GPUS:-1}" "$here/cv4ctrl.py" \
-    --pretrained_model_name_or_path "$here/demo/base" --dataset_name "$here/demo/data" --encoded_dir "$here/demo/encoded" \
-    --output_dir "$here/demo/run" --resolution 64 --train_batch_size 16 --max_train_steps 100 --learning_rate 1e-3 \
-    --lr_warmup_steps 10 --checkpointing_steps 50 --validation_steps 50 --num_inference_steps 20 \
-    --dataloader_num_workers 1 --log_dataset_samples "$@"
+  rm -rf "$here/demo/run" # training starts anew; the encoded data are kept
+  "$python" -m deepspeed.launcher.runner --num_gpus="${NUM_GPUS:-1}" "$here/cv4ctrl.py" \
+    --pretrained_model_name_or_path "$here/tests/base" --dataset_name "$here/demo/data" --encoded_dir "$here/demo/encoded" \
+    --output_dir "$here/demo/run" --resolution 64 --mixed_precision no --no_gradient_checkpointing --train_batch_size 24 \
+    --max_train_steps 550 --learning_rate 1.2e-2 --adam_beta2 0.99 --lr_warmup_steps 30 --checkpointing_steps 275 \
+    --validation_steps 110 --num_inference_steps 20 --guidance_scale 1 --dataloader_num_workers 1 --log_dataset_samples "$@"
+  "$python" "$here/tests/progress.py" "$here/demo/run" "$here/demo/progress.png"
+  exit
   ;;
 test)
   shift

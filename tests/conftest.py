@@ -1,5 +1,6 @@
 """One tiny base, one data set and one cache of encoded data for the whole suite."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +12,10 @@ import cv4ctrl  # noqa: E402
 import tiny  # noqa: E402
 
 ROWS = 48  # of 3 to 4 caption lengths: 32 and 48 tokens after padding
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="20 kills instead of 5, 2,000 steps instead of 300: some minutes more")
 
 
 @pytest.fixture(scope="session")
@@ -68,13 +73,18 @@ def encoded(config, base, device):
 
 
 @pytest.fixture()
-def refused(capsys):
+def refused(capsys, monkeypatch):
     """Run the command line; it must end with exit code 2, after one line on stderr (and progress bars), which is returned."""
+
+    handlers = {number: signal.getsignal(number) for number in cv4ctrl.STOP_SIGNALS}
+    monkeypatch.setattr(cv4ctrl.dist, "destroy_process_group", lambda: None)  # other tests go on in this process
 
     def run(argv, progress=False):
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             cv4ctrl.main([str(word) for word in argv])
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and not (progress and "/s]" in line)]
         assert ended.value.code == 2
         assert len(lines) == 1, lines

@@ -113,8 +113,8 @@ def stop_after_saving(argv, step):
 
     save = cv4ctrl.save_checkpoint
 
-    def save_and_stop(engine, config, now, identity):
-        save(engine, config, now, identity)
+    def save_and_stop(engine, config, now, *more):
+        save(engine, config, now, *more)
         if now == step:
             raise StopIteration
 

@@ -92,6 +92,7 @@ def test_scale_lr_multiplies_by_the_samples_a_step():
     (["--output_dir", "/dev/null/out"], ["/dev/null"]),
     (["--encoded_dir", "/dev/null/out"], ["/dev/null"]),
     (["--resume_from_checkpoint", "/nowhere"], ["/nowhere", "no such folder"]),
+    (["--push_to_hub"], ["--push_to_hub", "HF_TOKEN"]),
 ])  # fmt: skip
 def test_bad_input_is_refused_in_one_line_and_nothing_is_written(argv, words, flags, refused, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -145,6 +146,9 @@ def test_half_precision_is_refused_before_anything_heavy_is_imported(tmp_path):
     ({"zero_optimization": True}, ["zero_optimization", "object"]), ({"bf16": True}, ["bf16", "object"]),
     ({"optimizer": {"type": "AdamW", "params": 3}}, ["optimizer", "object"]),
     ({"zero_optimization": {"stage": "auto"}}, ["zero_optimization.stage", "auto"]),
+    ({"optimizer": {"type": "Lion"}}, ["Lion", "AdamW"]), ({"optimizer": {"type": "AdamW"}, "zero_optimization": {}}, ["stage 1"]),
+    ({"bf16": {"check_grad_overflow": False}}, ["check_grad_overflow"]),
+    ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, ["nvme"]),
 ])  # fmt: skip
 def test_file_and_flag_that_contradict_are_both_named(changes, words, flags, refused, engine_file, tmp_path):
     line = refused([*flags(tmp_path / "out"), "--deepspeed_config", engine_file(**changes)])

@@ -1,5 +1,7 @@
 """Room 8: our sampler draws what CogView4ControlPipeline draws."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import CogView4ControlPipeline
@@ -43,7 +45,7 @@ def test_decoded_pictures_are_the_pipelines(base):
     vae = cv4ctrl.load_vae(base)
     pipe = CogView4ControlPipeline.from_pretrained(base, transformer=None, text_encoder=None, vae=vae, tokenizer=None)
     latents = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
-    (ours,) = cv4ctrl.decode(base, [latents], 1.0, torch.device("cpu"))
+    (ours,) = cv4ctrl.decode(SimpleNamespace(scaling=1.0), base, [latents], torch.device("cpu"))
     with torch.no_grad():
         theirs = pipe.image_processor.postprocess(pipe.vae.decode(latents.bfloat16()).sample, "np")
     for image, expected in zip(ours, theirs):
@@ -74,7 +76,7 @@ def test_pictures_of_a_run(stream, base, model, frame, tmp_path):
 
 def test_grid_without_target_column(tmp_path):
     cell = Image.new("RGB", (64, 64), "red")
-    cv4ctrl.save_grid(tmp_path / "grid.png", [("one\nline", [cell, cell])] * 3, ["control", "generated", "target"])
+    cv4ctrl.save_grid(tmp_path / "grid.png", ["one\nline"] * 3, [[cell, cell]] * 3, ["control", "generated", "target"])
     grid = Image.open(tmp_path / "grid.png")
     assert grid.size == (320, 16 + 3 * 176) and grid.getpixel((80, 100)) == (255, 0, 0)
 

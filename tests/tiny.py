@@ -1,10 +1,10 @@
 """A complete CogView4 base and a data set, small enough for two CPU cores and made without a network.
 
-    python tests/tiny.py FOLDER [--rows 256]
+    python tests/tiny.py FOLDER [--rows 2048]
 
-leaves FOLDER/base, laid out as CogView4-6B is (tokenizer, GLM text encoder, VAE, transformer, scheduler, model_index.json),
-and FOLDER/data, parquet in the format of raulc0399/open_pose_controlnet: image, conditioning_image, text. The images are
-captioned coloured shapes, the control is their outline. The weights are random.
+leaves FOLDER/data, parquet in the format of raulc0399/open_pose_controlnet: image, conditioning_image, text. The images are
+captioned coloured shapes, the control is their outline. `make_base` makes a base of random weights, laid out as CogView4-6B is
+(tokenizer, GLM text encoder, VAE, transformer, scheduler, model_index.json); tests/base is one that make_base.py has trained.
 """
 
 import argparse
@@ -19,25 +19,30 @@ from PIL import Image, ImageDraw
 
 COLOURS = {
     "red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220), "yellow": (240, 210, 50),
-    "purple": (150, 60, 180), "orange": (245, 140, 30), "black": (30, 30, 30), "white": (245, 245, 245),
+    "purple": (150, 60, 180), "orange": (245, 140, 30),
 }  # fmt: skip
-GROUNDS = {"pale green": (205, 235, 205), "pale blue": (205, 220, 245), "pale pink": (245, 215, 220), "grey": (180, 180, 180)}
+GROUNDS = {"pale green": (180, 230, 180), "pale blue": (175, 200, 250), "pale pink": (250, 190, 205), "grey": (160, 160, 160)}
 SHAPES = {"circle": 0, "triangle": 3, "square": 4, "star": 5}
 
 
 # --- the base -------------------------------------------------------------------------------------------------------------------
 
 
-def make_tokenizer(folder):
-    """Byte-level tokenizer with GLM-4's frame: `[gMASK] <sop>` in front, pads on the left; a byte is a token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+def make_tokenizer(folder, texts=()):
+    """Byte-level tokenizer with GLM-4's frame: `[gMASK] <sop>` in front, pads on the left; a byte is a token, and so is a word of `texts`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     special = ["<|endoftext|>", "[gMASK]", "<sop>"]
     vocab = {token: i for i, token in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=bool(texts))
     tokenizer.decoder = decoders.ByteLevel()
+    if texts:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        tokenizer.train_from_iterator(texts, trainer)
+        vocab = tokenizer.get_vocab()
     frame = [("[gMASK]", vocab["[gMASK]"]), ("<sop>", vocab["<sop>"])]
     tokenizer.post_processor = processors.TemplateProcessing(single="[gMASK] <sop> $A", special_tokens=frame)
     PreTrainedTokenizerFast(
@@ -47,7 +52,7 @@ def make_tokenizer(folder):
     return len(vocab)
 
 
-def make_base(folder, seed=0, layers=2, heads=4, head_dim=16, text_dim=32):
+def make_base(folder, seed=0, layers=2, heads=4, head_dim=16, text_dim=32, vae_channels=(8, 8, 16, 16), words=()):
     """Random CogView4 base in `folder`, in bf16; every part loads with the class that CogView4-6B's model_index.json names."""
     import diffusers
     from diffusers import AutoencoderKL, CogView4Transformer2DModel, FlowMatchEulerDiscreteScheduler
@@ -56,7 +61,7 @@ def make_base(folder, seed=0, layers=2, heads=4, head_dim=16, text_dim=32):
     folder = Path(folder)
     torch.manual_seed(seed)
     diffusers.utils.logging.set_verbosity_error()  # the plain casts below are meant
-    vocab = make_tokenizer(folder / "tokenizer")
+    vocab = make_tokenizer(folder / "tokenizer", words)
     config = GlmConfig(
         vocab_size=vocab, hidden_size=text_dim, intermediate_size=2 * text_dim, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=text_dim // 2, max_position_embeddings=2048, pad_token_id=0, eos_token_id=0,
@@ -65,7 +70,7 @@ def make_base(folder, seed=0, layers=2, heads=4, head_dim=16, text_dim=32):
     GlmModel(config).bfloat16().save_pretrained(folder / "text_encoder")
     vae = AutoencoderKL(
         in_channels=3, out_channels=3, latent_channels=16, down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4, block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4,
+        up_block_types=["UpDecoderBlock2D"] * 4, block_out_channels=vae_channels, layers_per_block=1, norm_num_groups=4,
         sample_size=64, scaling_factor=1.0, shift_factor=0.0, use_quant_conv=False, use_post_quant_conv=False,
         mid_block_add_attention=False,
     )  # fmt: skip
@@ -104,14 +109,19 @@ def control_model(base):
 # --- the data -------------------------------------------------------------------------------------------------------------------
 
 
+def all_captions():
+    """Every caption that draw_pair gives."""
+    return [f"a {colour} {shape} on {ground}" for colour in COLOURS for shape in SHAPES for ground in GROUNDS]
+
+
 def draw_pair(rng, pixels=64):
     """(image, control, caption): a shape of one colour on a plain ground, and its white outline on black."""
     shape, colour, ground = rng.choice(list(SHAPES)), rng.choice(list(COLOURS)), rng.choice(list(GROUNDS))
     scale = 4  # drawn larger and reduced: smooth edges
     size = pixels * scale
-    radius = rng.uniform(0.18, 0.34) * size
+    radius = rng.uniform(0.22, 0.36) * size
     x, y = (rng.uniform(radius, size - radius) for _ in range(2))
-    turn = rng.uniform(0, 2 * math.pi)
+    turn = rng.uniform(-0.35, 0.35) - math.pi / (4 if shape == "square" else 2)  # upright, give or take 20 degrees
     corners = SHAPES[shape]
     if corners == 0:
         corners, inner = 60, 1.0
@@ -169,9 +179,7 @@ def make_data(folder, count=64, pixels=64, seed=0):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--rows", type=int, default=2048)
     options = parser.parse_args()
-    if not (options.folder / "base" / "model_index.json").exists():
-        make_base(options.folder / "base")
     if not (options.folder / "data" / "train.parquet").exists():
         make_data(options.folder / "data", options.rows)
