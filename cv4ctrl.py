@@ -1302,12 +1302,11 @@ def find_checkpoint(config):
         present = chosen
     for checkpoint in reversed(present):
         found, manifest = checksums(checkpoint), {}
-        try:
+        with contextlib.suppress(OSError, ValueError):
             manifest = json.loads((checkpoint / "manifest.json").read_text())
-        except (OSError, ValueError):
-            pass
         manifest = gather(manifest)[0]  # of rank 0, so that all agree
-        listed = manifest.get("files", {"manifest.json": None})
+        listed = manifest.get("files") if isinstance(manifest, dict) else None
+        listed = listed if isinstance(listed, dict) else {"manifest.json": "not to be read"}
         if found == listed:
             return checkpoint, manifest
         wrong = sorted(name for name in found.keys() | listed.keys() if found.get(name) != listed.get(name))
@@ -1385,11 +1384,13 @@ def train(engine, stream, frame, base, identity, start, steps, skipped=0):
     c, rate, log = stream.config, schedule(stream.config, steps), Log(stream.config, engine, start, steps)
     in_a_row, usual = 0, math.inf  # steps that came to nothing; running mean of the loss
     stop_if_asked()
+    watch = functools.partial(faulthandler.dump_traceback_later, 60 * c.timeout_minutes, exit=True)
+    watch()  # where a rank hangs, all say where they are
     if start == 0:
         evaluate(engine, stream, frame, base, log, 0)
     with contextlib.closing(micro_batches(stream, start, steps, frame.size.device)) as batches:
         for step in range(start + 1, steps + 1):
-            faulthandler.dump_traceback_later(60 * c.timeout_minutes, exit=True)  # if one rank hangs, all say where
+            watch()
             clock = time.perf_counter()
             loss, norm, stop = train_step(engine, frame, batches, c, rate(step - 1))
             speed = c.total_batch_size / (time.perf_counter() - clock)

@@ -15,7 +15,17 @@ ROWS = 48  # of 3 to 4 caption lengths: 32 and 48 tokens after padding
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="20 kills instead of 5, 2,000 steps instead of 300: some minutes more")
+    parser.addoption("--long", action="store_true", help="also the tests marked long: some ten minutes more")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: only with --long")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("long") and not config.getoption("--long"):
+            item.add_marker(pytest.mark.skip(reason="only with --long"))
 
 
 @pytest.fixture(scope="session")

@@ -72,16 +72,16 @@ def log_without_clock(folder):
     return [{name: value for name, value in row.items() if name != "samples_per_s"} for row in rows(folder)]
 
 
-def test_kill_at_any_moment(undisturbed, nursery, out, argv, pytestconfig):
-    """SIGKILL to a random rank at a random moment, encoding included, 5 times (20 with --long): the end is bitwise that of an undisturbed run."""
+@pytest.mark.long
+def test_kill_at_any_moment(undisturbed, nursery, out, argv):
+    """SIGKILL to a random rank at a random moment, encoding included, 20 times: the end is bitwise that of an undisturbed run."""
     reference, seconds = undisturbed
-    rng, kills, started_at, lost, wanted = random.Random(0), 0, [], [], 20 if pytestconfig.getoption("--long") else 5
+    rng, kills, runs, started_at, lost, wanted = random.Random(0), 0, 0, [], [], 20
     while kills < wanted:
-        name = f"killed-{kills}"  # a run that ends is followed by another
-        encoded = out / f"cache-{kills}"
+        runs, name, encoded = runs + 1, f"killed-{runs}", out / f"cache-{runs}"  # a run that ends is followed by another
         for _ in range(30):
             before = max(cv4ctrl.checkpoints(out / name), default=0)
-            aimed = kills < wanted and rng.uniform(0.1, 0.8) * seconds
+            aimed = kills < wanted and rng.uniform(0.1, 0.5) * seconds
 
             def kill(pids):
                 if aimed:
@@ -100,10 +100,11 @@ def test_kill_at_any_moment(undisturbed, nursery, out, argv, pytestconfig):
         assert codes == [0, 0], text
         assert same(weights(out / name), weights(reference))
         assert log_without_clock(out / name) == log_without_clock(reference)
-    assert len(set(started_at)) > 2 or wanted < 20, started_at  # the kills met different phases
+    assert len(set(started_at)) > 2, started_at  # the kills met different phases
     assert max(lost) <= 3, lost  # an interval, and the step that was being saved
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fault", ["position_forgotten", "state_forgotten"])
 def test_a_broken_restore_would_be_seen(fault, undisturbed, nursery, out, argv):
     shutil.copytree(undisturbed[0], out / fault)
@@ -123,7 +124,7 @@ def half(undisturbed, out, tmp_path):
     return tmp_path / "half"
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_disk_that_is_full_while_saving(rank, half, undisturbed, nursery, tmp_path, argv):
     """A rank that may not write more than 40 kB a file: all stop with one line, what was there stays, the next start goes on."""
     began = time.time()
@@ -137,8 +138,10 @@ def test_a_disk_that_is_full_while_saving(rank, half, undisturbed, nursery, tmp_
     assert same(weights(half), weights(undisturbed[0]))
 
 
+@pytest.mark.long
 def test_a_disk_that_is_full_while_encoding(nursery, out, argv):
-    codes, text = nursery.run(argv("full", encoded_dir=out / "full-cache"), 2, out / "log", file_size={1: 4_000})
+    words = argv("full", encoded_dir=out / "full-cache", dataloader_num_workers=0)  # the limit would hit the loader's shared memory as well
+    codes, text = nursery.run(words, 2, out / "log", file_size={1: 4_000})
     assert codes == [1, 1] and "rank 1" in text and "File too large" in text and "Traceback" not in text, text
     codes, text = nursery.run(argv("full", encoded_dir=out / "full-cache", max_train_steps=1), 2, out / "log")
     assert codes == [0, 0], text
@@ -180,6 +183,7 @@ def test_a_damaged_checkpoint_is_passed_over(damage, half, config, device, capsy
         cv4ctrl.find_checkpoint(config(half))
 
 
+@pytest.mark.long
 def test_two_ranks_agree_on_the_newest_whole_checkpoint(half, undisturbed, nursery, tmp_path, argv):
     DAMAGE["truncated"](half / "checkpoint-6")
     codes, text = nursery.run(argv(half), 2, tmp_path / "log")
@@ -187,7 +191,7 @@ def test_two_ranks_agree_on_the_newest_whole_checkpoint(half, undisturbed, nurse
     assert same(weights(half), weights(undisturbed[0]))
 
 
-@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.parametrize("name", ["TERM", *(pytest.param(name, marks=pytest.mark.long) for name in ("INT", "USR1"))])
 def test_a_signal_to_one_rank_ends_the_run_with_a_checkpoint(name, undisturbed, nursery, out, argv):
     run = out / f"signal-{name}"
 
@@ -204,6 +208,7 @@ def test_a_signal_to_one_rank_ends_the_run_with_a_checkpoint(name, undisturbed, 
     assert codes == [0, 0] and same(weights(run), weights(undisturbed[0])), text
 
 
+@pytest.mark.long
 def test_a_signal_while_encoding_keeps_what_is_encoded(nursery, out, argv):
     cache = out / "signal-cache"
 
@@ -217,6 +222,7 @@ def test_a_signal_while_encoding_keeps_what_is_encoded(nursery, out, argv):
     assert cv4ctrl.read_index(cache)
 
 
+@pytest.mark.long
 def test_a_second_ctrl_c_ends_at_once(nursery, out, argv):
     run = out / "impatient"
 
@@ -244,6 +250,7 @@ def test_not_a_number_on_one_rank_is_skipped_by_all(nursery, out, argv):
     assert manifest["skipped"] == 1
 
 
+@pytest.mark.long
 def test_too_many_in_a_row_end_the_run(nursery, out, argv):
     codes, text = nursery.run(argv("nans", max_skipped_steps=3, checkpointing_steps=1), 2, out / "log", fault="nan_from_step_2")
     assert codes == [1, 1] and "Traceback" not in text, text
@@ -252,6 +259,7 @@ def test_too_many_in_a_row_end_the_run(nursery, out, argv):
     assert same(*(weights(out / "nans" / f"checkpoint-{step}" / "transformer") for step in (2, 3)))
 
 
+@pytest.mark.long
 def test_a_spike_of_the_loss_is_logged_with_its_rows(nursery, out, argv):
     codes, text = nursery.run(argv("spike", max_train_steps=6), 2, out / "log", fault="loss_spike")
     assert codes == [0, 0], text
@@ -265,6 +273,7 @@ def test_another_number_of_ranks_goes_on(world, batch, half, undisturbed, nurser
     assert same(weights(half), weights(undisturbed[0]), 1e-5)
 
 
+@pytest.mark.long
 def test_another_zero_stage_goes_on(half, undisturbed, nursery, tmp_path, argv):
     settings = json.loads((ROOT / "ds_config.json").read_text())
     for stage in (0, 1, 3):
@@ -276,10 +285,11 @@ def test_another_zero_stage_goes_on(half, undisturbed, nursery, tmp_path, argv):
         assert same(weights(tmp_path / f"stage-{stage}"), weights(undisturbed[0]), 1e-5), stage
 
 
+@pytest.mark.long
 def test_a_rank_that_hangs_ends_the_run_with_all_stacks(nursery, out, argv):
     codes, text = nursery.run(argv("hang", timeout_minutes=0.1), 2, out / "log", fault="hang_on_rank_1")
     assert codes == [1, 1] or sorted(codes) == [-9, 1], codes
-    assert text.count("Timeout (0:00:06)!") == 2 and "in batch_loss" in text and "in train_step" in text, text
+    assert text.count("Timeout (0:00:06)!") == 2 and "in batch_loss" in text and "in gather" in text, text
 
 
 class Bomb:
@@ -315,6 +325,7 @@ def launcher(name, world):
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", ROOT / "cv4ctrl.py"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["deepspeed", "torchrun"])
 def test_a_signal_to_the_launcher(name, undisturbed, out, argv):
     """SIGTERM to the process that the user started: a checkpoint, no rank left behind; the same command ends as if nothing had been."""
@@ -327,17 +338,18 @@ def test_a_signal_to_the_launcher(name, undisturbed, out, argv):
             assert process.poll() is None, (out / "launcher.log").read_text()
         process.terminate()
         process.wait(60)
-    text = (out / "launcher.log").read_text()
     for _ in range(300):
         if not (left := subprocess.run(["pgrep", "-f", str(run)], capture_output=True, text=True).stdout.split()):
             break
         time.sleep(0.1)
+    text = (out / "launcher.log").read_text()
     assert not left, text
     (step,) = cv4ctrl.checkpoints(run)
     assert rows(run)[-1]["step"] == step < 400, text
     assert re.search(f"stopped by a signal after step {step};", text), text
 
 
+@pytest.mark.long
 def test_two_machines(half, undisturbed, out, argv, tmp_path):
     """Two torchrun agents on this host go on with a shared folder; with a folder each they are refused."""
     with socket.socket() as s:
@@ -357,7 +369,7 @@ def test_two_machines(half, undisturbed, out, argv, tmp_path):
     texts, codes = both(argv(half))
     assert codes == [0, 0], texts
     assert same(weights(half), weights(undisturbed[0]))
-    texts, codes = both(argv(Path("elsewhere")))
+    texts, codes = both([word if word != str(half) else "elsewhere" for word in argv(half)])
     assert codes == [1, 1] and "ranks [1] do not see what rank 0 writes" in texts[0], texts  # torchrun makes every code 1
 
 
@@ -402,10 +414,10 @@ def test_bad_rows_of_every_kind(base, flags, device, tmp_path, capsys):
     assert not torch.equal(by_text["turned"], by_text["plain"])  # as the camera meant it, like diffusers' load_image
 
 
-def test_long_runs_leak_nothing(nursery, out, argv, pytestconfig):
+@pytest.mark.long
+def test_long_runs_leak_nothing(nursery, out, argv):
     """Memory and open files of a rank from step 100 on: less than 10 kB a step (the allocator breathes), no file more."""
-    steps = 2000 if pytestconfig.getoption("--long") else 300
-    run, seen = out / "leak", []
+    steps, run, seen = 2000, out / "leak", []
 
     def watch(pids):
         process = psutil.Process(pids[0])
