@@ -50,7 +50,7 @@ demo)
     --pretrained_model_name_or_path "$here/tests/base" --dataset_name "$here/demo/data" --encoded_dir "$here/demo/encoded" \
     --output_dir "$here/demo/run" --resolution 64 --mixed_precision no --no_gradient_checkpointing --train_batch_size 24 \
     --max_train_steps 550 --learning_rate 1.2e-2 --adam_beta2 0.99 --lr_warmup_steps 30 --checkpointing_steps 275 \
-    --validation_steps 110 --num_inference_steps 20 --guidance_scale 1 --dataloader_num_workers 1 --log_dataset_samples "$@"
+    --validation_steps 184 --num_inference_steps 20 --guidance_scale 1 --dataloader_num_workers 1 --log_dataset_samples "$@"
   "$python" "$here/tests/progress.py" "$here/demo/run" "$here/demo/progress.png"
   exit
   ;;

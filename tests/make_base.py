@@ -125,7 +125,7 @@ def main(folder, only_transformer=False):
     with torch.no_grad():
         embeds = torch.cat([pipe.encode_prompt(text, do_classifier_free_guidance=False)[0].float() for text in texts])
     captions = torch.tensor([texts.index(pair[2]) for pair in pairs])
-    transformer = CogView4Transformer2DModel.from_pretrained(folder / "transformer", dtype=torch.float32)
+    transformer = CogView4Transformer2DModel.from_config(CogView4Transformer2DModel.load_config(folder / "transformer"))
     transformer = train_transformer(transformer, latents, captions, embeds, TRANSFORMER_STEPS)
     transformer.bfloat16().save_pretrained(folder / "transformer")
 

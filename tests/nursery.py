@@ -38,6 +38,8 @@ class Nursery:
     def run(self, argv, world, folder, hurt=lambda pids: None, **more):
         """Start, hurt(pids), wait -> (exit codes, output of all ranks)."""
         Path(folder).mkdir(exist_ok=True, parents=True)
+        for rank in range(world):
+            (Path(folder) / f"rank-{rank}.log").write_text("")
         pids = self.ask(argv=argv, world=world, folder=folder, **more)
         hurt(pids)
         codes = self.ask()
@@ -90,7 +92,7 @@ def loss_spike(cv4ctrl):
 
 
 def hang_on_rank_1(cv4ctrl):
-    """Rank 1 stops answering in its second step."""
+    """Rank 1 stops answering in the first evaluation."""
     mean, calls = cv4ctrl.batch_loss, []
 
     def batch_loss(*args):
@@ -166,7 +168,7 @@ def main():
                     if done:
                         codes[pid] = os.waitstatus_to_exitcode(status)
                 if any(codes.values()) and len(codes) < len(pids):  # as a launcher: the others get a while, then they are ended
-                    time.sleep(2)
+                    time.sleep(5)
                     for pid in set(pids) - codes.keys():
                         with contextlib.suppress(ProcessLookupError):
                             os.kill(pid, signal.SIGKILL)
