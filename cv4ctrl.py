@@ -789,6 +789,7 @@ def find_rows(config, base, rows):
     picture, text = gather(encoders)[0]
 
     def keys(id):
+        """Row of a number, or why it cannot be used."""
         try:
             row, made = rows[id], c.control != "column"
             image, caption = image_bytes(c, id, row, c.image_column)[0], caption_text(c, id, row)
@@ -1036,6 +1037,7 @@ def probe(model, frame, stream):
     samples = [stream.sample(row, row.caption, None, "probe", n) for n, row in enumerate(rows)]
 
     def loss_sum(job):
+        """Loss of (t, swapped or not, first row of a batch), summed over its rows."""
         t, swapped, first = job
         batch = []
         for n in range(first, min(first + size, len(rows))):
@@ -1261,6 +1263,7 @@ def save_checkpoint(engine, config, step, identity, skipped=0):
             collections.deque(mine, 0)  # who cannot write still takes part in reading: the others wait for it
 
     def finish():
+        """The manifest, the rename, and away with what is not kept."""
         manifest = {"step": step, "samples": step * config.total_batch_size, "skipped": skipped, "identity": identity,
                     "base": str(base.absolute() if base.is_dir() else base), "files": files}  # fmt: skip
         write_aside(aside / "manifest.json", lambda path: path.write_text(json.dumps(manifest, indent=1)))
