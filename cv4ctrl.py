@@ -76,6 +76,13 @@ DETECTORS = {  # classes of controlnet_aux that need its core packages only; all
     "normalbae": "NormalBaeDetector", "openpose": "OpenposeDetector", "pidinet": "PidiNetDetector",
 }  # fmt: skip
 DETECTOR_WEIGHTS = "lllyasviel/Annotators"
+KEPT, PASSING = 23, 8  # tensors of (B, S, D) that a block keeps for its backward pass, and that this pass adds; counted
+ROOM = 0.94  # of a card's memory; the rest is CUDA's, NCCL's, and lost between blocks
+UTILISATION = 0.4  # of a card's peak that a plan counts on: full fine-tunings of that size publish 0.22 to 0.48
+CARDS = {  # bytes of memory, dense bf16 FLOP/s; NVIDIA's data sheets
+    "A100-40GB": (40e9, 312e12), "A100-80GB": (80e9, 312e12), "H100-80GB": (80e9, 989e12),
+    "H200-141GB": (141e9, 989e12), "B200-180GB": (180e9, 2250e12),
+}  # fmt: skip
 NOT_HERE = {
     "use_8bit_adam": "ZeRO-2 shards the optimizer over the GPUs; on one card set offload_optimizer in ds_config.json",
     "hub_token": "log in with `hf auth login` or set HF_TOKEN: everybody can read a token in a command line",
@@ -204,6 +211,7 @@ class Config:
     max_skipped_steps: int = flag(10, "steps in a row without a finite gradient after which the run ends", least=1)
     timeout_minutes: float = flag(120.0, "longest that a step, evaluation and saving included, may take", least=0.01)
     dry_run: bool = flag(False, "check everything, print the plan, load nothing")
+    plan_for: str | None = flag(None, "cards that --dry_run plans for, such as 8xA100-80GB, instead of those here")
 
 
 def parse(argv=None):
@@ -240,7 +248,9 @@ def resolve(config, world):
     total = c.total_batch_size or together * c.gradient_accumulation_steps
     accumulation, rest = divmod(total, together)
     asked, micro = c.gradient_accumulation_steps, c.train_batch_size
-    refuse_if(rest, f"--total_batch_size {total} is not a multiple of --train_batch_size {micro} x {world} ranks")
+    fits = next((size for size in range(micro, 0, -1) if total % (size * world) == 0), None)
+    refuse_if(rest, f"--total_batch_size {total} is not a multiple of --train_batch_size {micro} x {world} ranks"
+              f"{f'; --train_batch_size {fits} would do' if fits else ''}")  # fmt: skip
     why = f"--total_batch_size {total} is an accumulation of {accumulation}, --gradient_accumulation_steps is {asked}"
     refuse_if(asked not in (1, accumulation), why)
     rate = c.learning_rate * (total if c.scale_lr else 1)
@@ -323,7 +333,8 @@ def engine_settings(config):
     if types.get("grad_accum_dtype") == "auto":  # fp32; DeepSpeed's stage 0 knows only the model's own type
         types["grad_accum_dtype"] = "bf16" if c.mixed_precision == "bf16" and stage == 0 else "fp32"
     for key, value in walk(settings):
-        refuse_if(value == "auto", f"{path.name} says {key} = \"auto\", but no flag decides it: give a value")
+        refuse_if(value == "auto" and key != "zero_optimization.offload_optimizer.device",  # that is choose_offload's
+                  f"{path.name} says {key} = \"auto\", but no flag decides it: give a value")  # fmt: skip
     refuse_if("scheduler" in settings, f"{path.name} has a scheduler, which contradicts --lr_scheduler: remove it")
     kind = settings.get("optimizer", {}).get("type", "AdamW")
     refuse_if(kind not in ("Adam", "AdamW"), f"{path.name} says optimizer.type = {kind}: only Adam and AdamW are known")
@@ -405,12 +416,14 @@ def launchers():
     import psutil
 
     named = [(p, " ".join((p.as_dict(["cmdline"])["cmdline"] or [])[:5])) for p in psutil.Process().parents()]
-    return [p for p, words in named if re.search(r"deepspeed|torchrun|torch\.distributed", words)]
+    return {p for p, words in named if re.search(r"deepspeed|torchrun|torch\.distributed", words)}
 
 
 def asked_to_stop():
-    """By a signal, or by the end of what launched us."""
-    return bool(SIGNALLED) or not all(p.is_running() for p in launchers())
+    """By a signal, or by the end of what launched us: who has ended, be it as a zombie, is no parent any more."""
+    import psutil
+
+    return bool(SIGNALLED) or not launchers() <= set(psutil.Process().parents())
 
 
 def stop_if_asked():
@@ -525,24 +538,52 @@ def weight_files(folder, variant=None):
     return [f for f in files if variant and f".{variant}" in f.name] or [f for f in files if f.name.count(".") == 1]
 
 
-def load_transformer(folder, variant, dtype, device):
-    """Widened CogView4Transformer2DModel: built on the meta device, weights assigned straight from file to device."""
+def meta_model(config):
+    """CogView4Transformer2DModel of a config dict, without weights."""
     from diffusers import CogView4Transformer2DModel
 
+    with torch.device("meta"):
+        return CogView4Transformer2DModel.from_config(config)
+
+
+def load_transformer(folder, variant, dtype, device):
+    """Widened CogView4Transformer2DModel: built on the meta device, weights assigned straight from file to device."""
     state = {}
     for file in weight_files(folder, variant):
         state |= {name: tensor.to(dtype) for name, tensor in load_file(file, device=str(device)).items()}
-    state, shape = widen(state, json.loads(Path(folder, "config.json").read_text()))
-    with torch.device("meta"):
-        model = CogView4Transformer2DModel.from_config(shape)
+    state, config = widen(state, json.loads(Path(folder, "config.json").read_text()))
+    model = meta_model(config)
     model.load_state_dict(state, strict=True, assign=True)
     return model
 
 
-def choose_trainable(model, only_blocks):
+def trains(name, only_blocks):
     """All weights train; or only the blocks and the image input layer, without which no control could come in."""
+    return not only_blocks or name.startswith(("transformer_blocks.", "patch_embed.proj."))
+
+
+def choose_trainable(model, only_blocks):
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not only_blocks or name.startswith(("transformer_blocks.", "patch_embed.proj.")))
+        parameter.requires_grad_(trains(name, only_blocks))
+
+
+class Shape(NamedTuple):
+    """What memory and time of a widened transformer follow from."""
+
+    parameters: int
+    trained: int
+    layers: int
+    width: int
+
+
+def shape_of(folder, only_blocks):
+    """Shape of the transformer that load_transformer would load, from its config.json alone."""
+    config = json.loads(Path(folder, "config.json").read_text())
+    state, config = widen(meta_model(config).state_dict(), config)
+    sizes = {name: tensor.numel() for name, tensor in state.items()}
+    trained = sum(size for name, size in sizes.items() if trains(name, only_blocks))
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    return Shape(sum(sizes.values()), trained, config["num_layers"], width)
 
 
 # === 5. the forward pass ==============================================================================================
@@ -1322,8 +1363,10 @@ def refuse_another(found, manifest, identity):
     """A checkpoint goes on where what decides the samples of a run, and how its state looks, is the same."""
     for name, now in identity.items() if found else ():
         saved = manifest["identity"].get(name)
+        said = f"--{'' if saved else 'no_'}{name}" if isinstance(saved, bool) else f"--{name} {saved}"
+        way = f"give {said}" if name in IDENTITY else "restore the data"
         refuse_if(saved != now, f"{found} was made with {name} = {saved}, now it is {now}: the run would not go on as "
-                  "it began; restore it, or start in another --output_dir")  # fmt: skip
+                  f"it began; {way}, or start in another --output_dir")  # fmt: skip
 
 
 # === 10. the loop =====================================================================================================
@@ -1462,15 +1505,13 @@ def check_base(config, base, transformer):
 
 
 def check_weights(config, base, transformer):
-    """The safetensors of all parts are there, all shards of them -> weights of the transformer. Raises Refusal."""
+    """The safetensors of all parts are there, all shards of them. Raises Refusal."""
     for folder in (base / "text_encoder", base / "vae", transformer):
         files = weight_files(folder, config.variant)
         index = [] if config.variant else folder.glob("*.index.json")
         shards = {shard for file in index for shard in json.loads(file.read_text())["weight_map"].values()}
         missing = shards - {file.name for file in files}
         refuse_if(not files or missing, f"base: no safetensors in {folder}{f' for {missing}' if missing else ''}")
-    shards = [safe_open(file, "pt") for file in files]
-    return sum(math.prod(shard.get_slice(name).get_shape()) for shard in shards for name in shard.keys())
 
 
 def write_run(config, settings, start, steps):
@@ -1498,20 +1539,146 @@ def publish(config, checkpoint):
             shutil.copyfile(file, final)
 
 
-def check_disk(config, rows, parameters, steps):
-    """The disks take what the run will write, as far as it is known before a row is read. Raises Refusal."""
+def cards_of(config):
+    """(number of cards, name, bytes of memory, peak FLOP/s), None for what is not known. Raises Refusal."""
+    if config.plan_for:
+        number, _, name = config.plan_for.partition("x")
+        known = number.isdigit() and int(number) and name in CARDS
+        refuse_if(not known, f"--plan_for {config.plan_for}: must be a number, x, and one of {', '.join(CARDS)}")
+        return int(number), name, *CARDS[name]
+    if not torch.cuda.is_available():
+        return WORLD, "CPU", None, None
+    name, total = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
+    peaks = [peak for card, (_, peak) in CARDS.items() if card.split("-")[0] in name]
+    return WORLD, name, total, peaks[0] if peaks else None
+
+
+def disk_needed(config, rows, shape, steps):
+    """Bytes still to be written to (output_dir, encoded_dir), as far as it is known before a row is read."""
     c, kept = config, math.ceil(steps / config.checkpointing_steps)
     kept = min(kept, c.checkpoints_total_limit or kept) + 1  # one is written while the others are still there
     kept -= min(kept, len(checkpoints(c.output_dir)))
-    state = kept * parameters * (16 if c.upcast_before_saving or c.mixed_precision == "no" else 14)  # bytes
+    size = 4 if c.upcast_before_saving or c.mixed_precision == "no" else 2
+    state = kept * (size * shape.parameters + 12 * shape.trained)  # fp32 weight and Adam's moments of what trains
     state -= sum(f.stat().st_size for f in Path(c.output_dir).glob(".checkpoint-*.tmp/**/*") if f.is_file())  # will go
+    drawn = VALIDATION_CASES * (2 + c.num_validation_images) * bool(c.num_validation_images)
+    pictures = 3 * drawn * c.resolution**2 * math.ceil(steps / c.validation_steps)  # before PNG's compression
     cache = 2 * rows * 4 * LATENT_CHANNELS * (c.resolution // PIXELS_PER_LATENT) ** 2  # two pictures' moments in bf16
     cache -= sum(file.stat().st_size for file in Path(c.encoded_dir).glob("*.safetensors"))
-    for flag, folder, needed in (("output_dir", c.output_dir, state), ("encoded_dir", c.encoded_dir, cache)):
+    return state + pictures, cache
+
+
+def check_disk(config, needs):
+    """The disks take what disk_needed says. Raises Refusal."""
+    c = config
+    for flag, folder, needed in (("output_dir", c.output_dir, needs[0]), ("encoded_dir", c.encoded_dir, needs[1])):
         folder = Path(folder).absolute()
         free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
         refuse_if(needed > free, f"--{flag} {folder}: {needed / 1e9:.1f} GB will be written, {free / 1e9:.1f} GB are "
                   "free; fewer --checkpoints_total_limit need less")  # fmt: skip
+
+
+def memory(config, settings, shape, world, tokens):
+    """Bytes at the peak of a step -> ({part: bytes} of a card, bytes that offloading puts into host memory a rank)."""
+    c, zero, size = config, settings.get("zero_optimization", {}), 2 if config.mixed_precision == "bf16" else 4
+    stage, image_tokens = zero.get("stage", 0), (c.resolution // PIXELS_PER_TOKEN) ** 2
+    tensor = c.train_batch_size * (image_tokens + tokens) * shape.width * size  # of (B, S, D)
+    kept = shape.layers + KEPT if c.gradient_checkpointing else shape.layers * KEPT
+    buckets = (1 + zero.get("overlap_comm", False)) * zero.get("reduce_bucket_size", 5e8) * size
+    parts = {"weights": size * shape.parameters / (world if stage == 3 else 1),
+             "gradients": 4 * shape.trained / (world if stage >= 2 else 1) + buckets,
+             "optimizer": 12 * shape.trained / (world if stage >= 1 else 1),
+             "activations": tensor * (kept + PASSING)}  # fmt: skip
+    if zero.get("offload_optimizer", {}).get("device", "none") == "none":
+        return parts, 0
+    host = parts["optimizer"] + parts["gradients"] - buckets
+    return parts | {"gradients": buckets, "optimizer": 0}, host
+
+
+def choose_offload(config, settings, shape, cards):
+    """offload_optimizer.device "auto" in the engine's settings -> cpu where the card is too small for the optimizer.
+
+    Says why. Raises Refusal where host memory is too small for it as well."""
+    zero, (world, name, capacity, _) = settings.get("zero_optimization", {}), cards
+    offload = zero.get("offload_optimizer", {})
+    if offload.get("device") != "auto":
+        return settings
+    plain = settings | {"zero_optimization": {key: v for key, v in zero.items() if key != "offload_optimizer"}}
+    parts, _ = memory(config, plain, shape, world, config.max_sequence_length)
+    needed = sum(parts.values())
+    if capacity is None or needed <= ROOM * capacity:
+        return plain
+    chosen = settings | {"zero_optimization": zero | {"offload_optimizer": offload | {"device": "cpu"}}}
+    import psutil
+
+    here = min(world, torch.cuda.device_count() or 8)  # ranks of this machine
+    host = here * memory(config, chosen, shape, world, config.max_sequence_length)[1] / 1e9
+    there = psutil.virtual_memory().available / 1e9
+    say(f"the optimizer goes to host memory ({host:.0f} GB of {there:.0f}): with it a card would need {needed / 1e9:.0f} "
+        f"GB, {name} has {capacity / 1e9:.0f}; offload_optimizer.device in ds_config.json decides otherwise")
+    refuse_if(host > there and not config.plan_for, f"{world} x {name} are too small for the optimizer, and so is host "
+              f"memory: {host:.0f} GB are needed, {there:.0f} are free; take more cards")  # fmt: skip
+    return chosen
+
+
+def remedies(config, settings, world):
+    """What makes a step smaller, the cheapest first, each on top of those before -> (words, config, settings)."""
+    c = dataclasses.replace(config, gradient_checkpointing=True)
+    if not config.gradient_checkpointing:
+        yield "--gradient_checkpointing", c, settings
+    for size in range(c.train_batch_size - 1, 0, -1):
+        if c.total_batch_size % (size * world) == 0:
+            yield f"--train_batch_size {size}", dataclasses.replace(c, train_batch_size=size), settings
+    zero = settings.get("zero_optimization", {}) | {"offload_optimizer": {"device": "cpu"}}
+    words = 'zero_optimization.offload_optimizer {"device": "cpu"} in ds_config.json'
+    for size in range(c.train_batch_size, 0, -1):
+        if c.total_batch_size % (size * world) == 0:
+            smaller = dataclasses.replace(c, train_batch_size=size)
+            yield f"{words}, --train_batch_size {size}", smaller, settings | {"zero_optimization": zero}
+
+
+def token_counts(config, base, rows, most=10_000):
+    """{tokens, padded as the pipeline does: captions} of the first rows."""
+    from transformers import AutoTokenizer
+
+    tokenizer, texts = AutoTokenizer.from_pretrained(base / "tokenizer"), []
+    for id, value in enumerate(rows.select_columns([config.caption_column])[:most][config.caption_column]):
+        with contextlib.suppress(BadRow):
+            texts.append(caption_text(config, id, {config.caption_column: value}))
+    lengths = (min(len(ids), config.max_sequence_length) for ids in tokenizer(texts)["input_ids"])
+    return dict(sorted(collections.Counter(16 * math.ceil(length / 16) for length in lengths).items()))
+
+
+def plan(config, settings, base, rows, held_out, steps, shape, cards):
+    """Print what a run will take: the arithmetic of `memory` and `disk_needed`, and model FLOPs at UTILISATION."""
+    c, (world, name, capacity, peak) = config, cards
+    counts = token_counts(c, base, rows)
+    tokens = max(counts, default=16)  # a step of nothing but the longest is the worst
+    mean = sum(length * number for length, number in counts.items()) / max(1, sum(counts.values()))
+    parts, host = memory(c, settings, shape, world, tokens)
+    disk, cache = disk_needed(c, len(rows), shape, steps)
+    sequence = (c.resolution // PIXELS_PER_TOKEN) ** 2 + mean
+    flops = 12 * shape.layers * shape.width * sequence * (6 * shape.width + sequence)  # a sample, both passes
+    seconds = flops * c.total_batch_size / (world * peak * UTILISATION) if peak else None
+    step_bytes, epochs = sum(parts.values()), steps * c.total_batch_size / (len(rows) - held_out)
+    split = " + ".join(f"{size / 1e9:.3g} GB {part}" for part, size in parts.items())
+    lines = {
+        "rows": f"{len(rows)}, {held_out} of them held out",
+        "captions": ", ".join(f"{number} of {length} tokens" for length, number in counts.items()),
+        "steps": f"{steps} of {c.total_batch_size} samples, {epochs:.2f} epochs",
+        "to encode": f"at most {2 * len(rows)} pictures and {len(rows) + 1} captions, less the "
+                     f"{len(read_index(c.encoded_dir))} entries that the cache holds",
+        "a card": f"{split} = {step_bytes / 1e9:.3g} GB" + f" of {capacity / 1e9:.0f}, {name}" * bool(capacity),
+        "a host": f"{host / 1e9:.3g} GB a rank for what is offloaded" if host else "nothing is offloaded",
+        "disk": f"{max(disk, 0) / 1e9:.3g} GB in {c.output_dir}, {max(cache, 0) / 1e9:.3g} GB in {c.encoded_dir}",
+        "time": f"{seconds:.3g} s a step, {seconds * steps / 3600:.3g} hours of training, at {UTILISATION:.0%} of the "
+                f"peak of {world} x {name}" if seconds else "not known for this device; the first steps tell",
+    }  # fmt: skip
+    print("\n".join(f"{head:10}{text}" for head, text in lines.items()))
+    if capacity and step_bytes > ROOM * capacity:
+        fits = (words for words, *what in remedies(c, settings, world)
+                if sum(memory(*what, shape, world, tokens)[0].values()) <= ROOM * capacity)  # fmt: skip
+        print(f"{'too large':10}it does not fit; {next(fits, 'more cards')} would do")
 
 
 def open_repository(config):
@@ -1547,21 +1714,26 @@ def push(config, repository, steps):
 
 def run(config):
     """From flags to trained weights."""
-    c = resolve(config, WORLD)
+    refuse_if(config.plan_for and not config.dry_run, "--plan_for is for --dry_run")
+    cards = cards_of(config)
+    c = resolve(config, cards[0])
     check(c)
     settings = engine_settings(c)
-    check_base(c, *find_base(c, c.pretrained_model_name_or_path, ["*.json"]))
-    rows = open_dataset(c)
+    base, transformer = find_base(c, c.pretrained_model_name_or_path, ["*.json"])
+    check_base(c, base, transformer)
+    rows, shape = open_dataset(c), shape_of(transformer, c.only_target_transformer_blocks)
     held_out = min(c.probe_samples, len(rows) // 10)
     steps = count_steps(c, len(rows) - held_out)
+    settings = choose_offload(c, settings, shape, cards)
     if RANK == 0:
-        batch = f"{WORLD} ranks x batch {c.train_batch_size} x {c.gradient_accumulation_steps}"
+        batch = f"{cards[0]} ranks x batch {c.train_batch_size} x {c.gradient_accumulation_steps}"
         print(f"{len(rows)} rows, {held_out} held out; {c.resolution} px; {batch} = {c.total_batch_size} samples "
               f"a step; {steps} steps -> {c.output_dir}")  # fmt: skip
     if c.dry_run:
-        return
+        return plan(c, settings, base, rows, held_out, steps, shape, cards) if RANK == 0 else None
     base, transformer = find_base(c, c.pretrained_model_name_or_path)
-    check_disk(c, len(rows), check_weights(c, base, transformer), steps)
+    check_weights(c, base, transformer)
+    check_disk(c, disk_needed(c, len(rows), shape, steps))
     c.control == "column" or load_detector(c.control)
     repository = open_repository(c) if c.push_to_hub and RANK == 0 else None
     heed_signals()

@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -41,9 +43,24 @@ class Nursery:
         for rank in range(world):
             (Path(folder) / f"rank-{rank}.log").write_text("")
         pids = self.ask(argv=argv, world=world, folder=folder, **more)
-        hurt(pids)
-        codes = self.ask()
+        try:
+            hurt(pids)
+        except BaseException:
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+            raise
+        finally:
+            codes = self.ask()
         return codes, "".join((Path(folder) / f"rank-{rank}.log").read_text() for rank in range(world))
+
+
+def until(seen, pids=(), seconds=120):
+    """Wait until seen() is true; not for ever, nor for ranks that have ended."""
+    end = time.monotonic() + seconds
+    while not seen():
+        ended = [pid for pid in pids if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE]
+        assert not ended and time.monotonic() < end, f"{ended} ended" if ended else f"not seen in {seconds} s"
+        time.sleep(0.01)
 
 
 def be_rank(rank, world, port, argv, folder, file_size=None, fault=None):
@@ -115,15 +132,27 @@ def state_forgotten(cv4ctrl):
     cv4ctrl.load_state = lambda engine, folder, adam_steps: None
 
 
+def slow(cv4ctrl, name, seconds):
+    function = getattr(cv4ctrl, name)
+
+    def slowly(*args):
+        time.sleep(seconds)
+        return function(*args)
+
+    setattr(cv4ctrl, name, slowly)
+
+
 def slow_steps(cv4ctrl):
-    """Each step takes a tenth of a second more, so that a signal meets one."""
-    step = cv4ctrl.train_step
+    """So that a signal meets one."""
+    slow(cv4ctrl, "train_step", 0.1)
 
-    def train_step(*args):
-        time.sleep(0.1)
-        return step(*args)
 
-    cv4ctrl.train_step = train_step
+def slow_saving(cv4ctrl):
+    slow(cv4ctrl, "export", 0.5)
+
+
+def slow_drawing(cv4ctrl):
+    slow(cv4ctrl, "euler_sample", 0.3)
 
 
 def main():

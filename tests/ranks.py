@@ -168,6 +168,43 @@ def cost_of_a_step(argv):
     return [statistics.median(times[5:]) for times in (trained, bare)]
 
 
+def peak_of_a_step(argv):
+    """[bytes of tensors at the peak of a run's step, the plan's figure for it], by PyTorch's profiler of memory."""
+    import torch
+
+    import cv4ctrl
+
+    c = cv4ctrl.resolve(cv4ctrl.parse(argv), 1)
+    seen, step, start = {}, cv4ctrl.train_step, cv4ctrl.start_engine
+
+    def watched_start(config, settings, model):
+        seen["profile"] = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        seen["before"] = sum(p.nbytes for p in model.parameters())
+        seen["settings"] = settings
+        seen["profile"].__enter__()
+        return start(config, settings, model)
+
+    def watched_step(*args):
+        result = step(*args)
+        seen["profile"].__exit__(None, None, None)
+        return result
+
+    cv4ctrl.train_step, cv4ctrl.start_engine = watched_step, watched_start
+    try:
+        cv4ctrl.main(argv)
+    finally:
+        cv4ctrl.train_step, cv4ctrl.start_engine = step, start
+    now = peak = seen["before"]
+    for event in seen["profile"].profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    base = Path(c.pretrained_model_name_or_path)
+    shape = cv4ctrl.shape_of(base / "transformer", c.only_target_transformer_blocks)
+    tokens = max(cv4ctrl.token_counts(c, base, cv4ctrl.open_dataset(c)))
+    return [peak, sum(cv4ctrl.memory(c, seen["settings"], shape, 1, tokens)[0].values())]
+
+
 def main(jobs):
     sys.path.insert(0, str(ROOT))
     import cv4ctrl

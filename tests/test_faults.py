@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import cv4ctrl
 import tiny
-from nursery import Nursery
+from nursery import Nursery, until
 
 ROOT = Path(__file__).parents[1]
 SIGNALS = {"TERM": signal.SIGTERM, "INT": signal.SIGINT, "USR1": signal.SIGUSR1}
@@ -39,6 +39,12 @@ def same(a, b, tolerance=None):
 
 def rows(folder):
     return [row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
+
+
+def logged(folder):
+    """Lines of metrics.jsonl so far."""
+    file = folder / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +100,8 @@ def test_kill_at_any_moment(undisturbed, nursery, out, argv):
             if codes == [0, 0]:
                 break
             assert "not whole" not in text and "Refus" not in text, text
-            logged = out / name / "metrics.jsonl"
-            reached = max([row["step"] for row in rows(out / name)], default=0) if logged.exists() and logged.read_text().endswith("\n") else 0
+            log = out / name / "metrics.jsonl"
+            reached = max([row["step"] for row in rows(out / name)], default=0) if log.exists() and log.read_text().endswith("\n") else 0
             lost.append(reached - max(cv4ctrl.checkpoints(out / name), default=0))
         assert codes == [0, 0], text
         assert same(weights(out / name), weights(reference))
@@ -198,8 +204,7 @@ def test_a_signal_to_one_rank_ends_the_run_with_a_checkpoint(name, undisturbed, 
     run = out / f"signal-{name}"
 
     def send(pids):
-        while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 4:
-            time.sleep(0.02)
+        until(lambda: logged(run) >= 4, pids)
         os.kill(pids[1], SIGNALS[name])
 
     codes, text = nursery.run(argv(run, checkpointing_steps=100), 2, out / "log", send, fault="slow_steps")
@@ -211,12 +216,29 @@ def test_a_signal_to_one_rank_ends_the_run_with_a_checkpoint(name, undisturbed, 
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("phase, last_seen", [("saving", ".checkpoint-4.tmp/state/*"), ("drawing", "validation/step-0.png")])
+def test_a_signal_while_saving_or_drawing(phase, last_seen, undisturbed, nursery, out, argv):
+    """It is heeded when that and the step after it are done; nothing half-written is left."""
+    run = out / f"signal-{phase}"
+
+    def send(pids):
+        until(lambda: list(run.glob(last_seen)) and (phase == "saving" or logged(run) >= 6), pids)  # probed at 0, 4 steps, probed: it draws
+        assert not (run / "checkpoint-4").exists()
+        os.kill(pids[0], signal.SIGTERM)
+
+    codes, text = nursery.run(argv(run, checkpointing_steps=4), 2, out / "log", send, fault=f"slow_{phase}")
+    assert codes == [75, 75] and "stopped by a signal after step 5" in text, text
+    assert list(cv4ctrl.checkpoints(run)) == [4, 5] and (run / "validation" / "step-4.png").exists() and not list(run.glob(".*"))
+    codes, text = nursery.run(argv(run), 2, out / "log")
+    assert codes == [0, 0] and same(weights(run), weights(undisturbed[0])), text
+
+
+@pytest.mark.long
 def test_a_signal_while_encoding_keeps_what_is_encoded(nursery, out, argv):
     cache = out / "signal-cache"
 
     def send(pids):
-        while "encoding pictures" not in (out / "log" / "rank-0.log").read_text():
-            time.sleep(0.01)
+        until(lambda: "encoding pictures" in (out / "log" / "rank-0.log").read_text(), pids)
         os.kill(pids[0], signal.SIGTERM)
 
     codes, text = nursery.run(argv("signal-encoding", encoded_dir=cache), 2, out / "log", send)
@@ -229,8 +251,7 @@ def test_a_second_ctrl_c_ends_at_once(nursery, out, argv):
     run = out / "impatient"
 
     def send(pids):
-        while not (run / "metrics.jsonl").exists():
-            time.sleep(0.02)
+        until(lambda: logged(run), pids)
         os.kill(pids[1], signal.SIGSTOP)  # so that rank 0 waits for it, for 5 seconds
         os.kill(pids[0], signal.SIGINT)
         time.sleep(5.5)
@@ -335,9 +356,7 @@ def test_a_signal_to_the_launcher(name, undisturbed, out, argv):
     command = [str(word) for word in [*launcher(name, 2), *argv(run, checkpointing_steps=100, max_train_steps=400)]]
     with open(out / "launcher.log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
-        while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 5:
-            time.sleep(0.05)
-            assert process.poll() is None, (out / "launcher.log").read_text()
+        until(lambda: logged(run) >= 5, [process.pid])
         process.terminate()
         process.wait(60)
     for _ in range(300):
@@ -352,27 +371,42 @@ def test_a_signal_to_the_launcher(name, undisturbed, out, argv):
 
 
 @pytest.mark.long
-def test_two_machines(half, undisturbed, out, argv, tmp_path):
-    """Two torchrun agents on this host go on with a shared folder; with a folder each they are refused."""
+@pytest.mark.parametrize("name", ["torchrun", "deepspeed"])
+def test_two_machines(name, undisturbed, out, argv, tmp_path):
+    """Two agents on this host encode into a shared folder, stop half-way and go on; with a folder each they are refused."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
+    (tmp_path / "hostfile").write_text("machine-0 slots=1\nmachine-1 slots=1\n")
 
-    def both(words):
+    def agent(node):
+        common = ["--master_addr", "127.0.0.1", "--master_port", port, "--node_rank", node]
+        if name == "torchrun":
+            return [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", *common]
+        return [Path(sys.executable).parent / "deepspeed", "--hostfile", tmp_path / "hostfile", "--no_ssh", *common]
+
+    def both(words, stop_at=None):
         agents = []
         for node in range(2):
             (tmp_path / f"machine-{node}").mkdir(exist_ok=True)
-            command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", f"--node_rank={node}", "--master_addr=127.0.0.1",
-                       f"--master_port={port}", ROOT / "cv4ctrl.py", *words]  # fmt: skip
-            agents.append(subprocess.Popen([str(word) for word in command], cwd=tmp_path / f"machine-{node}", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                           text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}))  # fmt: skip
+            command = [str(word) for word in [*agent(node), ROOT / "cv4ctrl.py", *words]]
+            agents.append(subprocess.Popen(command, cwd=tmp_path / f"machine-{node}", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                           env=os.environ | {"OMP_NUM_THREADS": "1"}))  # fmt: skip
+        if stop_at:
+            until(lambda: logged(tmp_path / "run") >= stop_at, [agent.pid for agent in agents])
+            agents[1].terminate()  # one machine is taken away
         return [agent.communicate(timeout=120)[0] for agent in agents], [agent.returncode for agent in agents]
 
-    texts, codes = both(argv(half))
-    assert codes == [0, 0], texts
-    assert same(weights(half), weights(undisturbed[0]))
-    texts, codes = both([word if word != str(half) else "elsewhere" for word in argv(half)])
-    assert codes == [1, 1] and "ranks [1] do not see what rank 0 writes" in texts[0], texts  # torchrun makes every code 1
+    shared = argv(tmp_path / "run", encoded_dir=tmp_path / "cache", checkpointing_steps=100)
+    texts, codes = both([*shared, "--max_train_steps", "400"], stop_at=6)
+    assert 0 not in codes and "stopped by a signal after step" in texts[0], texts
+    (step,) = cv4ctrl.checkpoints(tmp_path / "run")
+    texts, codes = both([*shared, "--max_train_steps", str(step + 2)])
+    assert codes == [0, 0] and list(cv4ctrl.checkpoints(tmp_path / "run")) == [step, step + 2], texts
+    reference, ours = rows(undisturbed[0]), rows(tmp_path / "run")[: step + 2]
+    assert [row["loss"] for row in ours][:12] == [row["loss"] for row in reference][: len(ours)]  # as one machine of two ranks has it
+    texts, codes = both([word if word != str(tmp_path / "run") else "elsewhere" for word in shared])
+    assert 0 not in codes and "ranks [1] do not see what rank 0 writes" in texts[0], texts
 
 
 def test_bad_rows_of_every_kind(base, flags, device, tmp_path, capsys):
@@ -424,8 +458,7 @@ def test_long_runs_leak_nothing(nursery, out, argv):
     def watch(pids):
         process = psutil.Process(pids[0])
         while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-            done = len((run / "metrics.jsonl").read_text().splitlines()) if (run / "metrics.jsonl").exists() else 0
-            if done >= 100:
+            if (done := logged(run)) >= 100:
                 seen.append((done, process.memory_info().rss, process.num_fds()))
             time.sleep(0.5)
 

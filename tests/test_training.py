@@ -244,6 +244,17 @@ def test_another_sample_stream_is_refused_by_name(changes, name, copy, flags, re
     line = refused(flags(copy, **argv), progress=True)
     assert name in line and "checkpoint-6" in line, line
     assert sorted(copy.rglob("*")) == before
+    flag, saved = name.split(" = ")
+    way = {"rows": "restore the data", "only_target_transformer_blocks": "give --no_only_target_transformer_blocks"}
+    assert way.get(flag, f"give --{flag} {saved}") in line, line
+
+
+def test_on_more_ranks_the_refusals_lead_to_the_command_that_goes_on(copy, flags, refused, monkeypatch):
+    monkeypatch.setattr(cv4ctrl, "WORLD", 2)
+    monkeypatch.setattr(cv4ctrl, "gather", lambda item: [item])
+    common = dict(proportion_empty_prompts=0.2, max_train_steps=9)
+    assert "give --total_batch_size 4" in refused(flags(copy, **common), progress=True)
+    assert "--train_batch_size 2 would do" in refused(flags(copy, **common, total_batch_size=4))
 
 
 def test_changed_captions_are_another_stream(copy, flags, refused, tmp_path):

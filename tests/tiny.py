@@ -52,7 +52,7 @@ def make_tokenizer(folder, texts=()):
     return len(vocab)
 
 
-def make_base(folder, seed=0, layers=2, heads=4, head_dim=16, text_dim=32, vae_channels=(8, 8, 16, 16), words=()):
+def make_base(folder, seed=0, layers=2, heads=4, head_dim=16, text_dim=32, text_std=0.02, vae_channels=(8, 8, 16, 16), words=()):
     """Random CogView4 base in `folder`, in bf16; every part loads with the class that CogView4-6B's model_index.json names."""
     import diffusers
     from diffusers import AutoencoderKL, CogView4Transformer2DModel, FlowMatchEulerDiscreteScheduler
@@ -65,7 +65,7 @@ def make_base(folder, seed=0, layers=2, heads=4, head_dim=16, text_dim=32, vae_c
     config = GlmConfig(
         vocab_size=vocab, hidden_size=text_dim, intermediate_size=2 * text_dim, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=text_dim // 2, max_position_embeddings=2048, pad_token_id=0, eos_token_id=0,
-        attention_bias=True,
+        attention_bias=True, initializer_range=text_std,
     )  # fmt: skip
     GlmModel(config).bfloat16().save_pretrained(folder / "text_encoder")
     vae = AutoencoderKL(

@@ -1,0 +1,102 @@
+"""The plan of --dry_run: its arithmetic against what a run really takes, and against the known size of CogView4-6B."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+import cv4ctrl
+from ranks import launch
+
+ROOT = Path(__file__).parents[1]
+TRUE_SHAPE = dict(
+    _class_name="CogView4Transformer2DModel", patch_size=2, in_channels=16, out_channels=16, num_layers=28, attention_head_dim=128, num_attention_heads=32,
+    text_embed_dim=4096, time_embed_dim=512, condition_dim=256, sample_size=128, rope_axes_dim=[256, 256],
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cogview(base, tmp_path_factory):
+    """CogView4-6B as far as a plan reads it: configurations and a tokenizer, no weights."""
+    folder = tmp_path_factory.mktemp("plan") / "CogView4-6B"
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "transformer" / "config.json").write_text(json.dumps(TRUE_SHAPE))
+    return folder
+
+
+@pytest.fixture()
+def planned(capsys):
+    """Lines of a plan by their heads."""
+
+    def run(argv):
+        capsys.readouterr()
+        cv4ctrl.main([*map(str, argv), "--dry_run"])
+        said = capsys.readouterr()
+        lines = [line for line in said.out.splitlines() if line.strip()]
+        return {"first": lines[0], "said": said.err} | {line[:10].strip(): line[10:] for line in lines[1:]}
+
+    return run
+
+
+def gigabytes(text):
+    return {part: float(size) for size, part in re.findall(r"([\d.e+-]+) GB (\w+)", text)}
+
+
+def test_shape_of_cogview4(cogview):
+    shape = cv4ctrl.shape_of(cogview / "transformer", only_blocks=False)
+    assert (shape.layers, shape.width) == (28, 4096) and 6.3e9 < shape.parameters == shape.trained < 6.5e9
+    assert 0.9 * shape.parameters < cv4ctrl.shape_of(cogview / "transformer", only_blocks=True).trained < shape.parameters
+
+
+def test_plans_for_cogview4(cogview, planned, flags, tmp_path):
+    common = dict(pretrained_model_name_or_path=cogview, encoded_dir=None, resolution=1024, mixed_precision="bf16", probe_samples=0, max_train_steps=1000)
+    plan = lambda **options: planned(flags(tmp_path / "out", **common | options))  # noqa: E731
+    eight = plan(plan_for="8xH100-80GB", train_batch_size=4)
+    assert eight["first"].startswith("48 rows, 0 held out; 1024 px; 8 ranks x batch 4 x 1 = 32 samples a step; 1000 steps")
+    parts = gigabytes(eight["a card"])
+    assert parts["weights"] == pytest.approx(12.8, rel=0.02) and parts["optimizer"] == pytest.approx(12 * 6.37 / 8, rel=0.02)
+    assert eight["a host"] == "nothing is offloaded" and "too large" not in eight
+    assert sum(int(n) for n, _ in re.findall(r"(\d+) of (\d+) tokens", eight["captions"])) == 48
+    seconds = float(eight["time"].split(" s a step")[0])
+    assert seconds == pytest.approx(167e12 * (4096 + 38) / (4096 + 128) * 4 / (0.4 * 989e12), rel=0.03)  # 167 TFLOP with 128 tokens
+    assert f"{seconds * 1000 / 3600:.3g} hours" in eight["time"]
+    one = plan(plan_for="1xH100-80GB", train_batch_size=8)
+    assert "the optimizer goes to host memory" in one["said"] and gigabytes(one["a card"])["optimizer"] == 0
+    assert float(one["a host"].split(" GB")[0]) == pytest.approx(16 * 6.37, rel=0.02) and "too large" not in one
+    small = plan(plan_for="1xA100-40GB", train_batch_size=8, no_gradient_checkpointing=True)
+    assert "--gradient_checkpointing would do" in small["too large"]
+
+
+def test_plan_is_quick_and_refuses_unknown_cards(cogview, flags, refused, tmp_path):
+    assert "one of A100-40GB" in refused([*flags(tmp_path / "out", plan_for="8xTPU"), "--dry_run"])
+    assert "--dry_run" in refused(flags(tmp_path / "out", plan_for="8xA100-80GB"))
+
+
+@pytest.fixture(scope="module")
+def peaks(flags, tmp_path_factory, encoded):
+    """[(measured, planned bytes at the peak)] of steps with and without recomputation, and the folder of these runs.
+
+    Buckets of the engine that are as small as the model: with the shipped ones, 0.4 GB in fp32, nothing else would be seen."""
+    out = tmp_path_factory.mktemp("peaks")
+    settings = json.loads((ROOT / "ds_config.json").read_text())
+    settings["zero_optimization"] |= {"reduce_bucket_size": 100_000, "allgather_bucket_size": 100_000}
+    (out / "ds.json").write_text(json.dumps(settings))
+    common = dict(train_batch_size=16, max_train_steps=1, probe_samples=0, deepspeed_config=out / "ds.json")
+    kinds = ("gradient_checkpointing", "no_gradient_checkpointing")
+    return [value for _, value in launch(1, *(("peak_of_a_step", [flags(out / kind, **common, **{kind: True})]) for kind in kinds))], out
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_memory_of_a_step_is_as_planned(recompute, peaks):
+    measured, planned = peaks[0][0 if recompute else 1]
+    assert measured == pytest.approx(planned, rel=0.15), (measured, planned)
+
+
+def test_disk_of_a_run_is_as_planned(peaks, config):
+    run = peaks[1] / "gradient_checkpointing"
+    written = sum(file.stat().st_size for file in (run / "checkpoint-1").rglob("*") if file.is_file())
+    shutil.rmtree(run / "checkpoint-1")
+    state, _ = cv4ctrl.disk_needed(config(run), 48, cv4ctrl.shape_of(run, False), 1)
+    assert 2 * written == pytest.approx(state, rel=0.1)  # a second is written before the first one goes
