@@ -42,6 +42,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -79,7 +80,10 @@ DETECTOR_WEIGHTS = "lllyasviel/Annotators"
 NOT_HERE = {
     "use_8bit_adam": "ZeRO-2 shards the optimizer over the GPUs; on one card set offload_optimizer in ds_config.json",
     "hub_token": "log in with `hf auth login` or set HF_TOKEN: everybody can read a token in a command line",
+    "config_file": "ds_config.json takes the place of accelerate's file; another one: --deepspeed_config",
+    "num_processes": "start this file with `deepspeed --num_gpus=N` or `torchrun --nproc_per_node=N`",
 }
+TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}  # DeepSpeed's names of its monitors
 
 
 # === 2. configuration =================================================================================================
@@ -121,9 +125,10 @@ def refuse_if(wrong, why):
 
 
 def reason(error):
-    """What lies behind an exception of a library, in its first line."""
+    """What lies behind an exception of a library, in its first line; of the hub's what the server said."""
     root = error.__cause__ or error
-    return getattr(root, "strerror", None) or next(iter(str(root).strip().splitlines()), type(root).__name__)
+    said = getattr(error, "server_message", None) or getattr(root, "strerror", None)
+    return said or next(iter(str(root).strip().splitlines()), type(root).__name__)
 
 
 def flag(default, help, **more):
@@ -197,7 +202,7 @@ class Config:
     offload: bool = flag(False, "accepted as in the example: frozen encoders are always freed when not used")
     push_to_hub: bool = flag(False, "upload the weights at the end; the token is that of `hf auth login` or HF_TOKEN")
     hub_model_id: str | None = flag(None, "repository for --push_to_hub; without it the name of OUTPUT_DIR")
-    report_to: str = flag("none", "tracker", choices=("none", "tensorboard", "wandb", "csv", "all"))
+    report_to: str = flag("none", "tracker", choices=("none", *TRACKERS, "all"))
     tracker_project_name: str = flag("cogview4_train_control", "project of the tracker")
     logging_dir: str = flag("logs", "folder of the tracker under OUTPUT_DIR")
     deepspeed_config: str = flag("ds_config.json", "the engine's settings, \"auto\" where a flag decides")
@@ -274,6 +279,9 @@ def check(config):
     for name in ("tensorboard", "wandb"):
         refuse_if(c.report_to in (name, "all") and not importlib.util.find_spec(name),
                   f"--report_to {c.report_to} needs {name}, which is not installed: pip install {name}")  # fmt: skip
+    if c.report_to in ("wandb", "all") and not {"WANDB_API_KEY", "WANDB_MODE"} & os.environ.keys():
+        logged_in = importlib.import_module("wandb").login(prompt=False)
+        refuse_if(not logged_in, f"--report_to {c.report_to}: log in with `wandb login`, or set WANDB_MODE=offline")
     for name, path in (("output_dir", Path(c.output_dir).absolute()), ("encoded_dir", Path(c.encoded_dir).absolute())):
         there = next(p for p in (path, *path.parents) if os.path.exists(p))
         writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
@@ -331,10 +339,9 @@ def engine_settings(config):
     refuse_if("nvme" in dict(walk(settings)).values(), f"{path.name}: offloading to nvme is not supported, use cpu")
     checked = settings["bf16"].setdefault("check_grad_overflow", True)
     refuse_if(not checked, f"{path.name} switches bf16.check_grad_overflow off: one NaN would end in the weights")
-    logs = {"output_path": str(Path(c.output_dir, c.logging_dir)), "job_name": c.tracker_project_name}
-    trackers = {"tensorboard": logs, "csv_monitor": logs, "wandb": {"project": c.tracker_project_name}}
-    wanted = {"all": list(trackers), "csv": ["csv_monitor"], "none": []}.get(c.report_to, [c.report_to])
-    return settings | {name: trackers[name] | {"enabled": True} for name in wanted}
+    trackers = ", ".join({*TRACKERS.values(), "comet"} & settings.keys())
+    refuse_if(trackers, f"{path.name} has {trackers}, but --report_to decides on trackers: remove it from the file")
+    return settings
 
 
 def walk(node, prefix=""):
@@ -1056,8 +1063,9 @@ def probe(model, frame, stream):
 
 
 def validate(model, frame, stream, base, step):
-    """Draw every case and write validation/step-<step>.png: control | generated ... | target."""
+    """Draw every case and write validation/step-<step>.png: control | generated ... | target -> that file."""
     c, encoded, device = stream.config, stream.encoded, frame.size.device
+    file = Path(c.output_dir, "validation", f"step-{step}.png")
     cases, drawn = encoded.cases, range(c.num_validation_images)
 
     def generate(job):
@@ -1073,10 +1081,11 @@ def validate(model, frame, stream, base, step):
         rows = [[encoded.latent(case.control), *(latents[number, n] for n in drawn), *targets[number]]
                 for number, case in enumerate(cases)]  # fmt: skip
         images, headings = decode(encoded, base, rows, device), ["control", *["generated" for _ in drawn], "target"]
-        save_grid(Path(c.output_dir, "validation", f"step-{step}.png"), [case.text for case in cases], images, headings)
+        save_grid(file, [case.text for case in cases], images, headings)
 
     latents = spread([(number, n) for number in range(len(cases)) for n in drawn], generate, "drawing")
     together(write, RANK == 0)
+    return file
 
 
 def log_samples(stream, base, device):
@@ -1154,7 +1163,6 @@ def start_engine(config, settings, model):
     make = deepspeed.ops.adam.DeepSpeedCPUAdam if offloaded else functools.partial(torch.optim.AdamW, fused=True)
     optimizer = None if "optimizer" in settings else make(parameters, lr=0.0)
     engine = deepspeed.initialize(model=model, model_parameters=parameters, optimizer=optimizer, config=settings)[0]
-    engine.monitor.enabled = False  # of DeepSpeed's own rows, on an axis of their own; ours are written all the same
     adam, zero, betas = engine.basic_optimizer, engine.optimizer, (c.adam_beta1, c.adam_beta2)
     for group in adam.param_groups:  # the command line owns its settings
         group.update(lr=0.0, betas=betas, eps=c.adam_epsilon, weight_decay=c.adam_weight_decay)
@@ -1330,15 +1338,57 @@ def refuse_another(found, manifest, identity):
 
 
 class Log:
-    """metrics.jsonl, trackers and progress bar, on rank 0; rows past `start`, of an interrupted run, are dropped."""
+    """metrics.jsonl, trackers and progress bar, on rank 0; rows past `start`, of an interrupted run, are dropped.
 
-    def __init__(self, config, engine, start, steps):
-        self.engine, self.file, self.shown = engine, Path(config.output_dir, "metrics.jsonl"), {}
+    A tracker is a monitor of DeepSpeed's. One that fails, whenever it does, is left out: no training ends by it."""
+
+    def __init__(self, config, start, steps):
+        self.config, self.file, self.shown = config, Path(config.output_dir, "metrics.jsonl"), {}
+        self.trackers = {name: None for name in TRACKERS if config.report_to in (name, "all") and RANK == 0}
         self.bar = tqdm(total=steps, initial=start, desc="training", disable=RANK > 0)
         if RANK == 0:
             lines = self.file.read_text().splitlines() if start and self.file.exists() else []
             kept = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
             write_aside(self.file, lambda path: path.write_text("".join(kept)))
+        self.track(self.open_tracker)
+        if config.log_dataset_samples:
+            self.picture("dataset_samples", self.file.with_name("dataset_samples.png"), start)
+
+    def track(self, work):
+        """work(name) for each tracker; where it fails, that tracker is left out from then on."""
+        for name in list(self.trackers):
+            try:
+                work(name)
+            except Exception as error:  # no network, no disk, no login: each library has classes of its own
+                say(f"--report_to {name}: {reason(error)}; the run goes on without this tracker")
+                del self.trackers[name]
+
+    def open_tracker(self, name):
+        """Make a tracker and tell it what run.json says."""
+        from deepspeed.monitor.config import DeepSpeedMonitorConfig
+        from deepspeed.monitor.monitor import MonitorMaster
+
+        c, about = self.config, self.file.with_name("run.json").read_text()
+        where = {"output_path": str(Path(c.output_dir, c.logging_dir)), "job_name": c.tracker_project_name}
+        where = {"project": c.tracker_project_name} if name == "wandb" else where
+        self.trackers[name] = MonitorMaster(DeepSpeedMonitorConfig(**{TRACKERS[name]: where | {"enabled": True}}))
+        if name == "tensorboard":
+            self.trackers[name].tb_monitor.summary_writer.add_text("run", f"```json\n{about}\n```")
+        if name == "wandb":
+            sys.modules[name].config.update(json.loads(about))
+
+    def picture(self, title, file, step):
+        """For the trackers that show pictures."""
+
+        def show(name):
+            if name == "tensorboard":
+                writer = self.trackers[name].tb_monitor.summary_writer
+                writer.add_image(title, np.asarray(Image.open(file)), step, dataformats="HWC")
+                writer.flush()
+            if name == "wandb":
+                self.trackers[name].wandb_monitor.log({title: sys.modules[name].Image(str(file))}, step)
+
+        self.track(show)
 
     def write(self, kind, step, values):
         """A row of figures, kind "train" or "probe"; what is None or a list goes to the file alone. Raises Failure."""
@@ -1350,7 +1400,8 @@ class Log:
         together(write, RANK == 0)
         if RANK == 0:
             scalars = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-            self.engine.monitor.write_events([(f"{kind}/{name}", value, step) for name, value in scalars.items()])
+            events = [(f"{kind}/{name}", value, step) for name, value in scalars.items()]
+            self.track(lambda name: self.trackers[name].write_events(events))
             bar = ("loss", "lr", "grad_norm", "samples_per_s", "probe_loss", "control_gain")
             self.shown |= {name: f"{scalars[name]:.3g}" for name in bar if name in scalars}
             self.bar.set_postfix(self.shown, refresh=False)
@@ -1363,7 +1414,7 @@ def evaluate(engine, stream, frame, base, log, step):
     if figures:
         log.write("probe", step, figures)
     if stream.encoded.cases and stream.config.num_validation_images:
-        validate(engine.module, frame, stream, base, step)
+        log.picture("validation", validate(engine.module, frame, stream, base, step), step)
 
 
 def train_step(engine, frame, batches, config, rate):
@@ -1384,7 +1435,7 @@ def train_step(engine, frame, batches, config, rate):
 
 def train(engine, stream, frame, base, identity, start, steps, skipped=0):
     """Optimizer steps start + 1 .. steps, with their evaluations and checkpoints. Raises Failure and Preempted."""
-    c, rate, log = stream.config, schedule(stream.config, steps), Log(stream.config, engine, start, steps)
+    c, rate, log = stream.config, schedule(stream.config, steps), Log(stream.config, start, steps)
     in_a_row, usual = 0, math.inf  # steps that came to nothing; running mean of the loss
     stop_if_asked()
     watch = functools.partial(faulthandler.dump_traceback_later, 60 * c.timeout_minutes, exit=True)
@@ -1525,24 +1576,44 @@ def open_repository(config):
 
 
 def push(config, repository, steps):
-    """Upload the weights, figures, pictures and a model card. Raises Failure."""
-    from diffusers.utils.hub_utils import load_or_create_model_card
-    from huggingface_hub import upload_folder
+    """Upload the weights, the figures, the last picture and a model card. Raises Failure."""
+    from huggingface_hub import ModelCardData, upload_folder
 
-    c, folder = config, Path(config.output_dir)
-    data = c.jsonl_for_train or c.dataset_name
-    figures = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if "control_gain" in line][-1:]
-    text = f"""{steps} steps of {c.total_batch_size} samples, {c.resolution} px. Data: {data}.
-`{shlex.join(sys.argv)}`. Held-out figures: `{"".join(figures)}`. The transformer of a CogView4ControlPipeline:
-`CogView4Transformer2DModel.from_pretrained("{repository}", torch_dtype=torch.bfloat16)`."""
-    files = ["README.md", "config.json", "diffusion_pytorch_model*", "metrics.jsonl", "validation/*.png"]
+    c, folder, picture = config, Path(config.output_dir), f"validation/step-{steps}.png"
+    base, data, side = c.pretrained_model_name_or_path, c.jsonl_for_train or c.dataset_name, c.resolution
+    on_hub = {key: name for key, name in dict(base_model=base, datasets=data).items() if not Path(name).exists()}
+    rows = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    figures = {name: value for row in rows for name, value in row.items() if isinstance(value, (int, float))}
+    card = f"""---
+{ModelCardData(library_name="diffusers", tags=["cogview4", "control", "text-to-image"], **on_hub).to_yaml()}
+---
+The transformer of a control model: {base} after {steps} steps of {c.total_batch_size} samples of {data}, control
+"{c.control}", by `{shlex.join(["cv4ctrl.py", *sys.argv[1:]])}`.
+
+{f"![control, generated, target]({picture})" * (folder / picture).exists()}
+
+```python
+import torch
+from diffusers import CogView4ControlPipeline, CogView4Transformer2DModel
+from diffusers.utils import load_image
+
+transformer = CogView4Transformer2DModel.from_pretrained("{repository}", torch_dtype=torch.bfloat16)
+pipe = CogView4ControlPipeline.from_pretrained("{base}", transformer=transformer, torch_dtype=torch.bfloat16).to("cuda")
+picture = pipe("caption", control_image=load_image("control.png"), height={side}, width={side},
+               num_inference_steps={c.num_inference_steps}, guidance_scale={c.guidance_scale}).images[0]
+picture.save("picture.png")
+```
+
+| last | |
+|---|---|
+{"".join(f"| {name} | {value:g} |{chr(10)}" for name, value in figures.items())}"""
+    files = ["README.md", "config.json", "diffusion_pytorch_model*", "metrics.jsonl", picture]
     try:
-        card = load_or_create_model_card(repository, from_training=True, base_model=c.pretrained_model_name_or_path,
-                                         model_description=text)  # fmt: skip
-        card.save(folder / "README.md")
-        upload_folder(repo_id=repository, folder_path=folder, allow_patterns=files, ignore_patterns="checkpoint-*")
+        (folder / "README.md").write_text(card)
+        upload_folder(repo_id=repository, folder_path=folder, allow_patterns=files)
     except Exception as error:  # as above
-        raise Failure(f"--push_to_hub: {reason(error)}; the weights are in {folder}, `hf upload` takes them")
+        by_hand = shlex.join(["hf", "upload", repository, str(folder), ".", *(f"--include={file}" for file in files)])
+        raise Failure(f"--push_to_hub: {reason(error)}; the weights are in {folder}, to upload them: {by_hand}")
 
 
 def run(config):
@@ -1560,10 +1631,10 @@ def run(config):
               f"a step; {steps} steps -> {c.output_dir}")  # fmt: skip
     if c.dry_run:
         return
+    repository = open_repository(c) if c.push_to_hub and RANK == 0 else None
     base, transformer = find_base(c, c.pretrained_model_name_or_path)
     check_disk(c, len(rows), check_weights(c, base, transformer), steps)
     c.control == "column" or load_detector(c.control)
-    repository = open_repository(c) if c.push_to_hub and RANK == 0 else None
     heed_signals()
     device = start_ranks(1.5 * c.timeout_minutes)  # longer than a step may take: a rank that hangs is reported there
     check_engine(settings)
