@@ -1063,9 +1063,8 @@ def probe(model, frame, stream):
 
 
 def validate(model, frame, stream, base, step):
-    """Draw every case and write validation/step-<step>.png: control | generated ... | target -> that file."""
+    """Draw every case and write validation/step-<step>.png: control | generated ... | target."""
     c, encoded, device = stream.config, stream.encoded, frame.size.device
-    file = Path(c.output_dir, "validation", f"step-{step}.png")
     cases, drawn = encoded.cases, range(c.num_validation_images)
 
     def generate(job):
@@ -1081,11 +1080,10 @@ def validate(model, frame, stream, base, step):
         rows = [[encoded.latent(case.control), *(latents[number, n] for n in drawn), *targets[number]]
                 for number, case in enumerate(cases)]  # fmt: skip
         images, headings = decode(encoded, base, rows, device), ["control", *["generated" for _ in drawn], "target"]
-        save_grid(file, [case.text for case in cases], images, headings)
+        save_grid(Path(c.output_dir, "validation", f"step-{step}.png"), [case.text for case in cases], images, headings)
 
     latents = spread([(number, n) for number in range(len(cases)) for n in drawn], generate, "drawing")
     together(write, RANK == 0)
-    return file
 
 
 def log_samples(stream, base, device):
@@ -1340,7 +1338,7 @@ def refuse_another(found, manifest, identity):
 class Log:
     """metrics.jsonl, trackers and progress bar, on rank 0; rows past `start`, of an interrupted run, are dropped.
 
-    A tracker is a monitor of DeepSpeed's. One that fails, whenever it does, is left out: no training ends by it."""
+    A tracker that fails, whenever it does, is left out: no training ends by it."""
 
     def __init__(self, config, start, steps):
         self.config, self.file, self.shown = config, Path(config.output_dir, "metrics.jsonl"), {}
@@ -1350,45 +1348,37 @@ class Log:
             lines = self.file.read_text().splitlines() if start and self.file.exists() else []
             kept = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
             write_aside(self.file, lambda path: path.write_text("".join(kept)))
-        self.track(self.open_tracker)
         if config.log_dataset_samples:
-            self.picture("dataset_samples", self.file.with_name("dataset_samples.png"), start)
-
-    def track(self, work):
-        """work(name) for each tracker; where it fails, that tracker is left out from then on."""
-        for name in list(self.trackers):
-            try:
-                work(name)
-            except Exception as error:  # no network, no disk, no login: each library has classes of its own
-                say(f"--report_to {name}: {reason(error)}; the run goes on without this tracker")
-                del self.trackers[name]
+            self.track((), "dataset_samples", "dataset_samples.png", start)
 
     def open_tracker(self, name):
-        """Make a tracker and tell it what run.json says."""
-        from deepspeed.monitor.config import DeepSpeedMonitorConfig
-        from deepspeed.monitor.monitor import MonitorMaster
+        """A monitor of DeepSpeed's, told what run.json says."""
+        from deepspeed.monitor import config, monitor
 
         c, about = self.config, self.file.with_name("run.json").read_text()
         where = {"output_path": str(Path(c.output_dir, c.logging_dir)), "job_name": c.tracker_project_name}
         where = {"project": c.tracker_project_name} if name == "wandb" else where
-        self.trackers[name] = MonitorMaster(DeepSpeedMonitorConfig(**{TRACKERS[name]: where | {"enabled": True}}))
+        tracker = monitor.MonitorMaster(config.get_monitor_config({TRACKERS[name]: where | {"enabled": True}}))
         if name == "tensorboard":
-            self.trackers[name].tb_monitor.summary_writer.add_text("run", f"```json\n{about}\n```")
+            tracker.tb_monitor.summary_writer.add_text("run", f"```json\n{about}\n```")
         if name == "wandb":
             sys.modules[name].config.update(json.loads(about))
+        return tracker
 
-    def picture(self, title, file, step):
-        """For the trackers that show pictures."""
-
-        def show(name):
-            if name == "tensorboard":
-                writer = self.trackers[name].tb_monitor.summary_writer
-                writer.add_image(title, np.asarray(Image.open(file)), step, dataformats="HWC")
-                writer.flush()
-            if name == "wandb":
-                self.trackers[name].wandb_monitor.log({title: sys.modules[name].Image(str(file))}, step)
-
-        self.track(show)
+    def track(self, events=(), title=None, file="", step=0):
+        """Give the trackers events (name, figure, step), or under a title a picture of output_dir."""
+        for name in list(self.trackers):
+            try:
+                tracker = self.trackers[name] = self.trackers[name] or self.open_tracker(name)
+                picture = title and Image.open(self.file.parent / file)
+                if title and name == "tensorboard":
+                    tracker.tb_monitor.summary_writer.add_image(title, np.asarray(picture), step, dataformats="HWC")
+                if title and name == "wandb":
+                    tracker.wandb_monitor.log({title: sys.modules[name].Image(picture)}, step)
+                tracker.write_events(events)  # flushes, too
+            except Exception as error:  # no network, no disk, no login: each library has classes of its own
+                say(f"--report_to {name}: {reason(error)}; the run goes on without this tracker")
+                del self.trackers[name]
 
     def write(self, kind, step, values):
         """A row of figures, kind "train" or "probe"; what is None or a list goes to the file alone. Raises Failure."""
@@ -1398,14 +1388,12 @@ class Log:
                 file.write(json.dumps({"step": step} | values) + "\n")
 
         together(write, RANK == 0)
-        if RANK == 0:
-            scalars = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-            events = [(f"{kind}/{name}", value, step) for name, value in scalars.items()]
-            self.track(lambda name: self.trackers[name].write_events(events))
-            bar = ("loss", "lr", "grad_norm", "samples_per_s", "probe_loss", "control_gain")
-            self.shown |= {name: f"{scalars[name]:.3g}" for name in bar if name in scalars}
-            self.bar.set_postfix(self.shown, refresh=False)
-            self.bar.update(step - self.bar.n)
+        scalars = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+        self.track([(f"{kind}/{name}", value, step) for name, value in scalars.items()])
+        bar = ("loss", "lr", "grad_norm", "samples_per_s", "probe_loss", "control_gain")
+        self.shown |= {name: f"{scalars[name]:.3g}" for name in bar if name in scalars}
+        self.bar.set_postfix(self.shown, refresh=False)
+        self.bar.update(step - self.bar.n)
 
 
 def evaluate(engine, stream, frame, base, log, step):
@@ -1414,7 +1402,8 @@ def evaluate(engine, stream, frame, base, log, step):
     if figures:
         log.write("probe", step, figures)
     if stream.encoded.cases and stream.config.num_validation_images:
-        log.picture("validation", validate(engine.module, frame, stream, base, step), step)
+        validate(engine.module, frame, stream, base, step)
+        log.track((), "validation", f"validation/step-{step}.png", step)
 
 
 def train_step(engine, frame, batches, config, rate):
@@ -1580,7 +1569,7 @@ def push(config, repository, steps):
     from huggingface_hub import ModelCardData, upload_folder
 
     c, folder, picture = config, Path(config.output_dir), f"validation/step-{steps}.png"
-    base, data, side = c.pretrained_model_name_or_path, c.jsonl_for_train or c.dataset_name, c.resolution
+    base, data = c.pretrained_model_name_or_path, c.jsonl_for_train or c.dataset_name
     on_hub = {key: name for key, name in dict(base_model=base, datasets=data).items() if not Path(name).exists()}
     rows = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
     figures = {name: value for row in rows for name, value in row.items() if isinstance(value, (int, float))}
@@ -1589,6 +1578,7 @@ def push(config, repository, steps):
 ---
 The transformer of a control model: {base} after {steps} steps of {c.total_batch_size} samples of {data}, control
 "{c.control}", by `{shlex.join(["cv4ctrl.py", *sys.argv[1:]])}`.
+{", ".join(f"{name} {value:g}" for name, value in figures.items())}.
 
 {f"![control, generated, target]({picture})" * (folder / picture).exists()}
 
@@ -1599,14 +1589,10 @@ from diffusers.utils import load_image
 
 transformer = CogView4Transformer2DModel.from_pretrained("{repository}", torch_dtype=torch.bfloat16)
 pipe = CogView4ControlPipeline.from_pretrained("{base}", transformer=transformer, torch_dtype=torch.bfloat16).to("cuda")
-picture = pipe("caption", control_image=load_image("control.png"), height={side}, width={side},
-               num_inference_steps={c.num_inference_steps}, guidance_scale={c.guidance_scale}).images[0]
-picture.save("picture.png")
+pipe("caption", control_image=load_image("control.png"), height={c.resolution}, width={c.resolution},
+     num_inference_steps={c.num_inference_steps}, guidance_scale={c.guidance_scale}).images[0].save("picture.png")
 ```
-
-| last | |
-|---|---|
-{"".join(f"| {name} | {value:g} |{chr(10)}" for name, value in figures.items())}"""
+"""
     files = ["README.md", "config.json", "diffusion_pytorch_model*", "metrics.jsonl", picture]
     try:
         (folder / "README.md").write_text(card)
