@@ -1336,9 +1336,7 @@ def refuse_another(found, manifest, identity):
 
 
 class Log:
-    """metrics.jsonl, trackers and progress bar, on rank 0; rows past `start`, of an interrupted run, are dropped.
-
-    A tracker that fails, whenever it does, is left out: no training ends by it."""
+    """metrics.jsonl, trackers and progress bar, on rank 0; rows past `start`, of an interrupted run, are dropped."""
 
     def __init__(self, config, start, steps):
         self.config, self.file, self.shown = config, Path(config.output_dir, "metrics.jsonl"), {}
@@ -1366,7 +1364,7 @@ class Log:
         return tracker
 
     def track(self, events=(), title=None, file="", step=0):
-        """Give the trackers events (name, figure, step), or under a title a picture of output_dir."""
+        """Events (name, figure, step), or a picture under a title, for the trackers; who fails once is left out."""
         for name in list(self.trackers):
             try:
                 tracker = self.trackers[name] = self.trackers[name] or self.open_tracker(name)
