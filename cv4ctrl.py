@@ -131,6 +131,15 @@ def reason(error):
     return said or next(iter(str(root).strip().splitlines()), type(root).__name__)
 
 
+@contextlib.contextmanager
+def explained(why, kind=Refusal):
+    """Any exception inside ends the run with one line. Libraries, decoders and networks raise what they like."""
+    try:
+        yield
+    except Exception as error:
+        raise kind(f"{why}: {reason(error)}")
+
+
 def flag(default, help, **more):
     """A field of Config that is a flag. least: smallest value allowed; choices: the values allowed."""
     return dataclasses.field(default=default, metadata={"help": help, **more})
@@ -272,10 +281,8 @@ def check(config):
     refuse_if(len(images) != len(prompts) and 1 not in (len(images), len(prompts)), f"--validation_image has "
               f"{len(images)} and --validation_prompt {len(prompts)} values: one, or as many")  # fmt: skip
     for path in images:
-        try:
+        with explained(f"--validation_image {path}"):
             Image.open(path).load()
-        except Exception as error:  # decoders raise whatever they like
-            raise Refusal(f"--validation_image {path}: {reason(error)}")
     for name in ("tensorboard", "wandb"):
         refuse_if(c.report_to in (name, "all") and not importlib.util.find_spec(name),
                   f"--report_to {c.report_to} needs {name}, which is not installed: pip install {name}")  # fmt: skip
@@ -295,11 +302,9 @@ def engine_settings(config):
     Raises Refusal for half precision, and where file and flag say different things: it names both."""
     path, c = Path(config.deepspeed_config), config
     path = path if path.exists() or path.is_absolute() else Path(__file__).parent / path
-    try:
+    with explained(f"--deepspeed_config {path} (a JSON file is expected)"):
         settings = json.loads(path.read_text())
-        refuse_if(not isinstance(settings, dict), f"--deepspeed_config {path}: must be a JSON object")
-    except (OSError, ValueError) as error:
-        raise Refusal(f"--deepspeed_config {path}: {reason(error)} (a JSON file is expected)")
+    refuse_if(not isinstance(settings, dict), f"--deepspeed_config {path}: must be a JSON object")
     objects = ["zero_optimization", "zero_optimization.offload_optimizer", "bf16", "data_types"]
     objects += ["optimizer", "optimizer.params"]
     for key, value in walk(settings):
@@ -642,12 +647,10 @@ def open_dataset(config):
     datasets.disable_progress_bars(), datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     kind = "json" if c.jsonl_for_train else "parquet" if Path(name).is_file() else None
     where = {"path": kind, "data_files": name} if kind else {"path": name, "name": c.dataset_config_name}
-    try:
+    with explained(f"data set {name}"):
         local = c.jsonl_for_train or Path(name).is_absolute()  # the library would ask the hub for what is not there
         empty = local and Path(name).stat().st_size == 0
         rows = [] if empty else datasets.load_dataset(**where, split="train", cache_dir=c.cache_dir)
-    except Exception as error:  # a dozen classes, the library's own among them
-        raise Refusal(f"data set {name}: {reason(error)}")
     refuse_if(len(rows) == 0, f"data set {name}: it is empty")
     for flag in ("image_column", "conditioning_image_column", "caption_column"):
         column, needed = getattr(c, flag), c.control == "column" or flag != "conditioning_image_column"
@@ -705,10 +708,8 @@ def load_detector(name):
     import controlnet_aux
 
     kind = getattr(controlnet_aux, DETECTORS[name])
-    try:
+    with explained(f"--control {name}: the detector's weights ({DETECTOR_WEIGHTS}) cannot be had"):
         return kind.from_pretrained(DETECTOR_WEIGHTS) if hasattr(kind, "from_pretrained") else kind()
-    except Exception as error:  # no network, no such file: each has a class of its own
-        raise Refusal(f"--control {name}: the detector's weights ({DETECTOR_WEIGHTS}) cannot be had: {reason(error)}")
 
 
 def make_control(image, name, side):
@@ -1148,7 +1149,7 @@ def check_engine(settings):
 
     try:
         DeepSpeedConfig(json.loads(json.dumps(settings)))
-    except Exception as error:  # pydantic's, assertions, and more
+    except Exception as error:  # pydantic's, of which the first line says nothing, assertions, and more
         raise Refusal(f"--deepspeed_config: DeepSpeed does not take it: {error}")
 
 
@@ -1472,11 +1473,8 @@ def find_base(config, name, patterns=("*.json", "*.safetensors", "*.txt", "*.mod
         from huggingface_hub import snapshot_download
 
         where = dict(revision=config.revision, cache_dir=config.cache_dir, allow_patterns=patterns)
-        try:
+        with explained(f"--pretrained_model_name_or_path {name}: no such folder, and not to be had from the hub"):
             path = Path(snapshot_download(name, **where))
-        except Exception as error:  # no name, no network, no access: each has a class of its own
-            why = f"no such folder, and not to be had from the hub: {reason(error)}"
-            raise Refusal(f"--pretrained_model_name_or_path {name}: {why}")
     return path, path / "transformer"
 
 
@@ -1556,10 +1554,8 @@ def open_repository(config):
     """Id of the repository for --push_to_hub, made at the start: no run ends without it. Raises Refusal."""
     from huggingface_hub import create_repo
 
-    try:
+    with explained("--push_to_hub (log in with `hf auth login`, or set HF_TOKEN)"):
         return create_repo(config.hub_model_id or Path(config.output_dir).name, exist_ok=True).repo_id
-    except Exception as error:  # no network, no login, no right to it: each has a class of its own
-        raise Refusal(f"--push_to_hub: {reason(error)}; log in with `hf auth login`, or set HF_TOKEN")
 
 
 def push(config, repository, steps):
@@ -1592,12 +1588,10 @@ pipe("caption", control_image=load_image("control.png"), height={c.resolution}, 
 ```
 """
     files = ["README.md", "config.json", "diffusion_pytorch_model*", "metrics.jsonl", picture]
-    try:
+    by_hand = shlex.join(["hf", "upload", repository, str(folder), ".", *(f"--include={file}" for file in files)])
+    with explained(f"--push_to_hub: the weights are in {folder}, `{by_hand}` uploads them", Failure):
         (folder / "README.md").write_text(card)
         upload_folder(repo_id=repository, folder_path=folder, allow_patterns=files)
-    except Exception as error:  # as above
-        by_hand = shlex.join(["hf", "upload", repository, str(folder), ".", *(f"--include={file}" for file in files)])
-        raise Failure(f"--push_to_hub: {reason(error)}; the weights are in {folder}, to upload them: {by_hand}")
 
 
 def run(config):
