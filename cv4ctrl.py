@@ -42,6 +42,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -86,7 +87,10 @@ CARDS = {  # bytes of memory, dense bf16 FLOP/s; NVIDIA's data sheets
 NOT_HERE = {
     "use_8bit_adam": "ZeRO-2 shards the optimizer over the GPUs; on one card set offload_optimizer in ds_config.json",
     "hub_token": "log in with `hf auth login` or set HF_TOKEN: everybody can read a token in a command line",
+    "config_file": "ds_config.json takes the place of accelerate's file; another one: --deepspeed_config",
+    "num_processes": "start this file with `deepspeed --num_gpus=N` or `torchrun --nproc_per_node=N`",
 }
+TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}  # DeepSpeed's names of its monitors
 
 
 # === 2. configuration =================================================================================================
@@ -128,9 +132,19 @@ def refuse_if(wrong, why):
 
 
 def reason(error):
-    """What lies behind an exception of a library, in its first line."""
+    """What lies behind an exception of a library, in its first line; of the hub's what the server said."""
     root = error.__cause__ or error
-    return getattr(root, "strerror", None) or next(iter(str(root).strip().splitlines()), type(root).__name__)
+    said = getattr(error, "server_message", None) or getattr(root, "strerror", None)
+    return said or next(iter(str(root).strip().splitlines()), type(root).__name__)
+
+
+@contextlib.contextmanager
+def explained(why, kind=Refusal):
+    """Any exception inside ends the run with one line. Libraries, decoders and networks raise what they like."""
+    try:
+        yield
+    except Exception as error:
+        raise kind(f"{why}: {reason(error)}")
 
 
 def flag(default, help, **more):
@@ -204,7 +218,7 @@ class Config:
     offload: bool = flag(False, "accepted as in the example: frozen encoders are always freed when not used")
     push_to_hub: bool = flag(False, "upload the weights at the end; the token is that of `hf auth login` or HF_TOKEN")
     hub_model_id: str | None = flag(None, "repository for --push_to_hub; without it the name of OUTPUT_DIR")
-    report_to: str = flag("none", "tracker", choices=("none", "tensorboard", "wandb", "csv", "all"))
+    report_to: str = flag("none", "tracker", choices=("none", *TRACKERS, "all"))
     tracker_project_name: str = flag("cogview4_train_control", "project of the tracker")
     logging_dir: str = flag("logs", "folder of the tracker under OUTPUT_DIR")
     deepspeed_config: str = flag("ds_config.json", "the engine's settings, \"auto\" where a flag decides")
@@ -277,13 +291,14 @@ def check(config):
     refuse_if(len(images) != len(prompts) and 1 not in (len(images), len(prompts)), f"--validation_image has "
               f"{len(images)} and --validation_prompt {len(prompts)} values: one, or as many")  # fmt: skip
     for path in images:
-        try:
+        with explained(f"--validation_image {path}"):
             Image.open(path).load()
-        except Exception as error:  # decoders raise whatever they like
-            raise Refusal(f"--validation_image {path}: {reason(error)}")
     for name in ("tensorboard", "wandb"):
         refuse_if(c.report_to in (name, "all") and not importlib.util.find_spec(name),
                   f"--report_to {c.report_to} needs {name}, which is not installed: pip install {name}")  # fmt: skip
+    if c.report_to in ("wandb", "all") and not {"WANDB_API_KEY", "WANDB_MODE"} & os.environ.keys():
+        logged_in = importlib.import_module("wandb").login(prompt=False)
+        refuse_if(not logged_in, f"--report_to {c.report_to}: log in with `wandb login`, or set WANDB_MODE=offline")
     for name, path in (("output_dir", Path(c.output_dir).absolute()), ("encoded_dir", Path(c.encoded_dir).absolute())):
         there = next(p for p in (path, *path.parents) if os.path.exists(p))
         writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
@@ -297,11 +312,9 @@ def engine_settings(config):
     Raises Refusal for half precision, and where file and flag say different things: it names both."""
     path, c = Path(config.deepspeed_config), config
     path = path if path.exists() or path.is_absolute() else Path(__file__).parent / path
-    try:
+    with explained(f"--deepspeed_config {path} (a JSON file is expected)"):
         settings = json.loads(path.read_text())
-        refuse_if(not isinstance(settings, dict), f"--deepspeed_config {path}: must be a JSON object")
-    except (OSError, ValueError) as error:
-        raise Refusal(f"--deepspeed_config {path}: {reason(error)} (a JSON file is expected)")
+    refuse_if(not isinstance(settings, dict), f"--deepspeed_config {path}: must be a JSON object")
     objects = ["zero_optimization", "zero_optimization.offload_optimizer", "bf16", "data_types"]
     objects += ["optimizer", "optimizer.params"]
     for key, value in walk(settings):
@@ -342,10 +355,9 @@ def engine_settings(config):
     refuse_if("nvme" in dict(walk(settings)).values(), f"{path.name}: offloading to nvme is not supported, use cpu")
     checked = settings["bf16"].setdefault("check_grad_overflow", True)
     refuse_if(not checked, f"{path.name} switches bf16.check_grad_overflow off: one NaN would end in the weights")
-    logs = {"output_path": str(Path(c.output_dir, c.logging_dir)), "job_name": c.tracker_project_name}
-    trackers = {"tensorboard": logs, "csv_monitor": logs, "wandb": {"project": c.tracker_project_name}}
-    wanted = {"all": list(trackers), "csv": ["csv_monitor"], "none": []}.get(c.report_to, [c.report_to])
-    return settings | {name: trackers[name] | {"enabled": True} for name in wanted}
+    trackers = ", ".join({*TRACKERS.values(), "comet"} & settings.keys())
+    refuse_if(trackers, f"{path.name} has {trackers}, but --report_to decides on trackers: remove it from the file")
+    return settings
 
 
 def walk(node, prefix=""):
@@ -676,12 +688,10 @@ def open_dataset(config):
     datasets.disable_progress_bars(), datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     kind = "json" if c.jsonl_for_train else "parquet" if Path(name).is_file() else None
     where = {"path": kind, "data_files": name} if kind else {"path": name, "name": c.dataset_config_name}
-    try:
+    with explained(f"data set {name}"):
         local = c.jsonl_for_train or Path(name).is_absolute()  # the library would ask the hub for what is not there
         empty = local and Path(name).stat().st_size == 0
         rows = [] if empty else datasets.load_dataset(**where, split="train", cache_dir=c.cache_dir)
-    except Exception as error:  # a dozen classes, the library's own among them
-        raise Refusal(f"data set {name}: {reason(error)}")
     refuse_if(len(rows) == 0, f"data set {name}: it is empty")
     for flag in ("image_column", "conditioning_image_column", "caption_column"):
         column, needed = getattr(c, flag), c.control == "column" or flag != "conditioning_image_column"
@@ -739,10 +749,8 @@ def load_detector(name):
     import controlnet_aux
 
     kind = getattr(controlnet_aux, DETECTORS[name])
-    try:
+    with explained(f"--control {name}: the detector's weights ({DETECTOR_WEIGHTS}) cannot be had"):
         return kind.from_pretrained(DETECTOR_WEIGHTS) if hasattr(kind, "from_pretrained") else kind()
-    except Exception as error:  # no network, no such file: each has a class of its own
-        raise Refusal(f"--control {name}: the detector's weights ({DETECTOR_WEIGHTS}) cannot be had: {reason(error)}")
 
 
 def make_control(image, name, side):
@@ -903,18 +911,25 @@ def hold_out(rows, wanted):
     return [row for row in rows if row not in chosen], [row for row in rows if row in chosen]
 
 
-def load_vae(base):
+def load_options(config, folder):
+    """How diffusers shall load the frozen parts of a base: the files that check_weights has seen."""
+    there = any(f".{config.variant}" in file.name for file in weight_files(folder, config.variant))
+    variant = config.variant if there else None
+    return dict(dtype=torch.bfloat16, use_safetensors=True, low_cpu_mem_usage=False, variant=variant)
+
+
+def load_vae(config, base):
+    """AutoencoderKL of the base in bf16, frozen, on the CPU."""
     from diffusers import AutoencoderKL
 
-    options = dict(dtype=torch.bfloat16, use_safetensors=True, low_cpu_mem_usage=False)
-    return AutoencoderKL.from_pretrained(base, subfolder="vae", **options).requires_grad_(False)
+    return AutoencoderKL.from_pretrained(base / "vae", **load_options(config, base / "vae")).requires_grad_(False)
 
 
 def picture_entries(config, base, rows, todo, device, broken):
     """Posterior moments (32, h, w) of the pictures in `todo`; what cannot be read goes to `broken` by its key."""
     if not todo:
         return
-    vae, workers = load_vae(base).to(device), min(config.dataloader_num_workers, len(todo))
+    vae, workers = load_vae(config, base).to(device), min(config.dataloader_num_workers, len(todo))
     loader = DataLoader(todo, None, collate_fn=functools.partial(read_picture, config, rows), num_workers=workers,
                         worker_init_fn=outlive_signals)  # fmt: skip
     for key, pixels in tqdm(loader, "encoding pictures", disable=RANK > 0):
@@ -938,7 +953,7 @@ def caption_entries(config, base, todo, device):
     from transformers.utils.logging import disable_progress_bar as quiet_transformers
 
     quiet_diffusers(), quiet_transformers()
-    options = dict(dtype=torch.bfloat16, use_safetensors=True, low_cpu_mem_usage=False)
+    options = load_options(config, base / "text_encoder")
     pipe = CogView4ControlPipeline.from_pretrained(base, transformer=None, vae=None, **options).to(device)
     for key, text in tqdm(todo, "encoding captions", disable=RANK > 0):
         if asked_to_stop():
@@ -1113,7 +1128,7 @@ def validate(model, frame, stream, base, step):
         targets = [[encoded.latent(case.image)] if case.image else [] for case in cases]
         rows = [[encoded.latent(case.control), *(latents[number, n] for n in drawn), *targets[number]]
                 for number, case in enumerate(cases)]  # fmt: skip
-        images, headings = decode(encoded, base, rows, device), ["control", *["generated" for _ in drawn], "target"]
+        images, headings = decode(c, encoded, base, rows, device), ["control", *["generated" for _ in drawn], "target"]
         save_grid(Path(c.output_dir, "validation", f"step-{step}.png"), [case.text for case in cases], images, headings)
 
     latents = spread([(number, n) for number in range(len(cases)) for n in drawn], generate, "drawing")
@@ -1122,19 +1137,19 @@ def validate(model, frame, stream, base, step):
 
 def log_samples(stream, base, device):
     """dataset_samples.png: image | control | overlay as the model is fed them, decoded from the cache; token counts."""
-    encoded, rows = stream.encoded, stream.encoded.train[:SHEET_ROWS]
+    c, encoded, rows = stream.config, stream.encoded, stream.encoded.train[:SHEET_ROWS]
     titles = [f"row {row.id}, {encoded.index[row.caption][1]} tokens: {row.text}" for row in rows]
-    pairs = decode(encoded, base, [[encoded.latent(row.image), encoded.latent(row.control)] for row in rows], device)
+    pairs = decode(c, encoded, base, [[encoded.latent(row.image), encoded.latent(row.control)] for row in rows], device)
     sheet = [[image, control, Image.blend(image, control, 0.5)] for image, control in pairs]
-    save_grid(Path(stream.config.output_dir, "dataset_samples.png"), titles, sheet, ["image", "control", "overlay"])
+    save_grid(Path(c.output_dir, "dataset_samples.png"), titles, sheet, ["image", "control", "overlay"])
 
 
 @torch.no_grad()
-def decode(encoded, base, table, device):
+def decode(config, encoded, base, table, device):
     """Rows of latents (16, h, w) -> rows of PIL images, by the base's VAE, which is there only for that time."""
     from diffusers.image_processor import VaeImageProcessor
 
-    vae, picture = load_vae(base).to(device), VaeImageProcessor().postprocess
+    vae, picture = load_vae(config, base).to(device), VaeImageProcessor().postprocess
     scaled = [[(latent[None] / encoded.scaling).to(device, torch.bfloat16) for latent in row] for row in table]
     return [[picture(vae.decode(latent).sample.cpu())[0] for latent in row] for row in scaled]
 
@@ -1182,7 +1197,7 @@ def check_engine(settings):
 
     try:
         DeepSpeedConfig(json.loads(json.dumps(settings)))
-    except Exception as error:  # pydantic's, assertions, and more
+    except Exception as error:  # pydantic's, of which the first line says nothing, assertions, and more
         raise Refusal(f"--deepspeed_config: DeepSpeed does not take it: {error}")
 
 
@@ -1195,7 +1210,6 @@ def start_engine(config, settings, model):
     make = deepspeed.ops.adam.DeepSpeedCPUAdam if offloaded else functools.partial(torch.optim.AdamW, fused=True)
     optimizer = None if "optimizer" in settings else make(parameters, lr=0.0)
     engine = deepspeed.initialize(model=model, model_parameters=parameters, optimizer=optimizer, config=settings)[0]
-    engine.monitor.enabled = False  # of DeepSpeed's own rows, on an axis of their own; ours are written all the same
     adam, zero, betas = engine.basic_optimizer, engine.optimizer, (c.adam_beta1, c.adam_beta2)
     for group in adam.param_groups:  # the command line owns its settings
         group.update(lr=0.0, betas=betas, eps=c.adam_epsilon, weight_decay=c.adam_weight_decay)
@@ -1292,7 +1306,7 @@ def save_checkpoint(engine, config, step, identity, skipped=0):
 
     Where one rank cannot write all stop, and the older checkpoints are untouched. Raises Failure."""
     folder, final = Path(config.output_dir), Path(config.output_dir, f"checkpoint-{step}")
-    aside, base = folder / f".checkpoint-{step}.tmp", Path(config.pretrained_model_name_or_path)
+    aside, base = folder / f".checkpoint-{step}.tmp", trace(config.pretrained_model_name_or_path)[0]
     mine = ((name, read()) for name, read, _ in state_parts(engine))
     mine = (part for n, part in enumerate(mine) if n % WORLD == RANK)
 
@@ -1306,7 +1320,7 @@ def save_checkpoint(engine, config, step, identity, skipped=0):
     def finish():
         """The manifest, the rename, and away with what is not kept."""
         manifest = {"step": step, "samples": step * config.total_batch_size, "skipped": skipped, "identity": identity,
-                    "base": str(base.absolute() if base.is_dir() else base), "files": files}  # fmt: skip
+                    "base": base, "files": files}  # fmt: skip
         write_aside(aside / "manifest.json", lambda path: path.write_text(json.dumps(manifest, indent=1)))
         shutil.rmtree(final, ignore_errors=True)  # of the same step, if an older checkpoint was chosen to go on from
         os.replace(aside, final)
@@ -1328,6 +1342,18 @@ def checkpoints(folder):
     """{step: folder checkpoint-<step>}, oldest first."""
     found = (f for f in Path(folder).glob("checkpoint-*") if f.name[11:].isdigit())
     return dict(sorted((int(f.name[11:]), f) for f in found))
+
+
+def trace(name):
+    """(name of the base, transformer made from it or None): a checkpoint made here is a transformer, the rest is its
+    base's, also where that was a checkpoint itself. Raises Refusal."""
+    path = [Path(name), *checkpoints(name).values()][-1]  # of a run's output folder the last checkpoint
+    for checkpoint in (path, path.parent) if path.name == "transformer" else (path,):
+        if (checkpoint / "manifest.json").exists():
+            base = json.loads((checkpoint / "manifest.json").read_text() or "{}").get("base")
+            refuse_if(not base, f"{checkpoint}: its manifest.json does not name a base")
+            return trace(base)[0], checkpoint / "transformer"
+    return str(Path(name).absolute()) if Path(name).is_dir() else name, None
 
 
 def find_checkpoint(config):
@@ -1375,13 +1401,45 @@ def refuse_another(found, manifest, identity):
 class Log:
     """metrics.jsonl, trackers and progress bar, on rank 0; rows past `start`, of an interrupted run, are dropped."""
 
-    def __init__(self, config, engine, start, steps):
-        self.engine, self.file, self.shown = engine, Path(config.output_dir, "metrics.jsonl"), {}
+    def __init__(self, config, start, steps):
+        self.config, self.file, self.shown = config, Path(config.output_dir, "metrics.jsonl"), {}
+        self.trackers = {name: None for name in TRACKERS if config.report_to in (name, "all") and RANK == 0}
         self.bar = tqdm(total=steps, initial=start, desc="training", disable=RANK > 0)
         if RANK == 0:
             lines = self.file.read_text().splitlines() if start and self.file.exists() else []
             kept = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
             write_aside(self.file, lambda path: path.write_text("".join(kept)))
+        if config.log_dataset_samples:
+            self.track((), "dataset_samples", "dataset_samples.png", start)
+
+    def open_tracker(self, name):
+        """A monitor of DeepSpeed's, told what run.json says."""
+        from deepspeed.monitor import config, monitor
+
+        c, about = self.config, self.file.with_name("run.json").read_text()
+        where = {"output_path": str(Path(c.output_dir, c.logging_dir)), "job_name": c.tracker_project_name}
+        where = {"project": c.tracker_project_name} if name == "wandb" else where
+        tracker = monitor.MonitorMaster(config.get_monitor_config({TRACKERS[name]: where | {"enabled": True}}))
+        if name == "tensorboard":
+            tracker.tb_monitor.summary_writer.add_text("run", f"```json\n{about}\n```")
+        if name == "wandb":
+            sys.modules[name].config.update(json.loads(about))
+        return tracker
+
+    def track(self, events=(), title=None, file="", step=0):
+        """Events (name, figure, step), or a picture under a title, for the trackers; who fails once is left out."""
+        for name in list(self.trackers):
+            try:
+                tracker = self.trackers[name] = self.trackers[name] or self.open_tracker(name)
+                picture = title and Image.open(self.file.parent / file)
+                if title and name == "tensorboard":
+                    tracker.tb_monitor.summary_writer.add_image(title, np.asarray(picture), step, dataformats="HWC")
+                if title and name == "wandb":
+                    tracker.wandb_monitor.log({title: sys.modules[name].Image(picture)}, step)
+                tracker.write_events(events)  # flushes, too
+            except Exception as error:  # no network, no disk, no login: each library has classes of its own
+                say(f"--report_to {name}: {reason(error)}; the run goes on without this tracker")
+                del self.trackers[name]
 
     def write(self, kind, step, values):
         """A row of figures, kind "train" or "probe"; what is None or a list goes to the file alone. Raises Failure."""
@@ -1391,13 +1449,12 @@ class Log:
                 file.write(json.dumps({"step": step} | values) + "\n")
 
         together(write, RANK == 0)
-        if RANK == 0:
-            scalars = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-            self.engine.monitor.write_events([(f"{kind}/{name}", value, step) for name, value in scalars.items()])
-            bar = ("loss", "lr", "grad_norm", "samples_per_s", "probe_loss", "control_gain")
-            self.shown |= {name: f"{scalars[name]:.3g}" for name in bar if name in scalars}
-            self.bar.set_postfix(self.shown, refresh=False)
-            self.bar.update(step - self.bar.n)
+        scalars = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+        self.track([(f"{kind}/{name}", value, step) for name, value in scalars.items()])
+        bar = ("loss", "lr", "grad_norm", "samples_per_s", "probe_loss", "control_gain")
+        self.shown |= {name: f"{scalars[name]:.3g}" for name in bar if name in scalars}
+        self.bar.set_postfix(self.shown, refresh=False)
+        self.bar.update(step - self.bar.n)
 
 
 def evaluate(engine, stream, frame, base, log, step):
@@ -1407,6 +1464,7 @@ def evaluate(engine, stream, frame, base, log, step):
         log.write("probe", step, figures)
     if stream.encoded.cases and stream.config.num_validation_images:
         validate(engine.module, frame, stream, base, step)
+        log.track((), "validation", f"validation/step-{step}.png", step)
 
 
 def train_step(engine, frame, batches, config, rate):
@@ -1427,7 +1485,7 @@ def train_step(engine, frame, batches, config, rate):
 
 def train(engine, stream, frame, base, identity, start, steps, skipped=0):
     """Optimizer steps start + 1 .. steps, with their evaluations and checkpoints. Raises Failure and Preempted."""
-    c, rate, log = stream.config, schedule(stream.config, steps), Log(stream.config, engine, start, steps)
+    c, rate, log = stream.config, schedule(stream.config, steps), Log(stream.config, start, steps)
     in_a_row, usual = 0, math.inf  # steps that came to nothing; running mean of the loss
     stop_if_asked()
     watch = functools.partial(faulthandler.dump_traceback_later, 60 * c.timeout_minutes, exit=True)
@@ -1466,23 +1524,16 @@ def train(engine, stream, frame, base, identity, start, steps, skipped=0):
 
 
 def find_base(config, name, patterns=("*.json", "*.safetensors", "*.txt", "*.model")):
-    """Folders of the base and of its transformer. A checkpoint made here is a transformer; the rest is its base's."""
-    path = [Path(name), *checkpoints(name).values()][-1]  # of a run's output folder the last checkpoint
-    for checkpoint in (path, path.parent) if path.name == "transformer" else (path,):
-        if (checkpoint / "manifest.json").exists():
-            base = json.loads((checkpoint / "manifest.json").read_text() or "{}").get("base")
-            refuse_if(not base, f"{checkpoint}: its manifest.json does not name a base")
-            return find_base(config, base, patterns)[0], checkpoint / "transformer"
+    """Folders of the base, fetched from the hub if it is none, and of the transformer. Raises Refusal."""
+    name, transformer = trace(name)
+    path = Path(name)
     if not path.is_dir():
         from huggingface_hub import snapshot_download
 
         where = dict(revision=config.revision, cache_dir=config.cache_dir, allow_patterns=patterns)
-        try:
+        with explained(f"--pretrained_model_name_or_path {name}: no such folder, and not to be had from the hub"):
             path = Path(snapshot_download(name, **where))
-        except Exception as error:  # no name, no network, no access: each has a class of its own
-            why = f"no such folder, and not to be had from the hub: {reason(error)}"
-            raise Refusal(f"--pretrained_model_name_or_path {name}: {why}")
-    return path, path / "transformer"
+    return path, transformer or path / "transformer"
 
 
 def check_base(config, base, transformer):
@@ -1685,31 +1736,44 @@ def open_repository(config):
     """Id of the repository for --push_to_hub, made at the start: no run ends without it. Raises Refusal."""
     from huggingface_hub import create_repo
 
-    try:
+    with explained("--push_to_hub (log in with `hf auth login`, or set HF_TOKEN)"):
         return create_repo(config.hub_model_id or Path(config.output_dir).name, exist_ok=True).repo_id
-    except Exception as error:  # no network, no login, no right to it: each has a class of its own
-        raise Refusal(f"--push_to_hub: {reason(error)}; log in with `hf auth login`, or set HF_TOKEN")
 
 
 def push(config, repository, steps):
-    """Upload the weights, figures, pictures and a model card. Raises Failure."""
-    from diffusers.utils.hub_utils import load_or_create_model_card
-    from huggingface_hub import upload_folder
+    """Upload the weights, the figures, the last picture and a model card. Raises Failure."""
+    from huggingface_hub import ModelCardData, upload_folder
 
-    c, folder = config, Path(config.output_dir)
-    data = c.jsonl_for_train or c.dataset_name
-    figures = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if "control_gain" in line][-1:]
-    text = f"""{steps} steps of {c.total_batch_size} samples, {c.resolution} px. Data: {data}.
-`{shlex.join(sys.argv)}`. Held-out figures: `{"".join(figures)}`. The transformer of a CogView4ControlPipeline:
-`CogView4Transformer2DModel.from_pretrained("{repository}", torch_dtype=torch.bfloat16)`."""
-    files = ["README.md", "config.json", "diffusion_pytorch_model*", "metrics.jsonl", "validation/*.png"]
-    try:
-        card = load_or_create_model_card(repository, from_training=True, base_model=c.pretrained_model_name_or_path,
-                                         model_description=text)  # fmt: skip
-        card.save(folder / "README.md")
-        upload_folder(repo_id=repository, folder_path=folder, allow_patterns=files, ignore_patterns="checkpoint-*")
-    except Exception as error:  # as above
-        raise Failure(f"--push_to_hub: {reason(error)}; the weights are in {folder}, `hf upload` takes them")
+    c, folder, picture = config, Path(config.output_dir), f"validation/step-{steps}.png"
+    base, data = trace(c.pretrained_model_name_or_path)[0], c.jsonl_for_train or c.dataset_name
+    on_hub = {key: name for key, name in dict(base_model=base, datasets=data).items() if not Path(name).exists()}
+    rows = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    figures = {name: value for row in rows for name, value in row.items() if isinstance(value, (int, float))}
+    card = f"""---
+{ModelCardData(library_name="diffusers", tags=["cogview4", "control", "text-to-image"], **on_hub).to_yaml()}
+---
+The transformer of a control model: {base} after {steps} steps of {c.total_batch_size} samples of {data}, control
+"{c.control}", by `{shlex.join(["cv4ctrl.py", *sys.argv[1:]])}`.
+{", ".join(f"{name} {value:g}" for name, value in figures.items())}.
+
+{f"![control, generated, target]({picture})" * (folder / picture).exists()}
+
+```python
+import torch
+from diffusers import CogView4ControlPipeline, CogView4Transformer2DModel
+from diffusers.utils import load_image
+
+transformer = CogView4Transformer2DModel.from_pretrained("{repository}", torch_dtype=torch.bfloat16)
+pipe = CogView4ControlPipeline.from_pretrained("{base}", transformer=transformer, torch_dtype=torch.bfloat16).to("cuda")
+pipe("caption", control_image=load_image("control.png"), height={c.resolution}, width={c.resolution},
+     num_inference_steps={c.num_inference_steps}, guidance_scale={c.guidance_scale}).images[0].save("picture.png")
+```
+"""
+    files = ["README.md", "config.json", "diffusion_pytorch_model*", "metrics.jsonl", picture]
+    by_hand = shlex.join(["hf", "upload", repository, str(folder), ".", *(f"--include={file}" for file in files)])
+    with explained(f"--push_to_hub: the weights are in {folder}, `{by_hand}` uploads them", Failure):
+        (folder / "README.md").write_text(card)
+        upload_folder(repo_id=repository, folder_path=folder, allow_patterns=files)
 
 
 def run(config):
@@ -1731,11 +1795,11 @@ def run(config):
               f"a step; {steps} steps -> {c.output_dir}")  # fmt: skip
     if c.dry_run:
         return plan(c, settings, base, rows, held_out, steps, shape, cards) if RANK == 0 else None
+    repository = open_repository(c) if c.push_to_hub and RANK == 0 else None
     base, transformer = find_base(c, c.pretrained_model_name_or_path)
     check_weights(c, base, transformer)
     check_disk(c, disk_needed(c, len(rows), shape, steps))
     c.control == "column" or load_detector(c.control)
-    repository = open_repository(c) if c.push_to_hub and RANK == 0 else None
     heed_signals()
     device = start_ranks(1.5 * c.timeout_minutes)  # longer than a step may take: a rank that hangs is reported there
     check_engine(settings)

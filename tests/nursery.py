@@ -1,6 +1,6 @@
 """Ranks that start in a second and can be hurt from outside: a process that has imported everything forks them.
 
-Run as a program it reads one JSON object a line: {"argv", "world", "folder", "file_size": {rank: bytes}, "fault": name}
+Run as a program it reads one JSON object a line: {"argv", "world", "folder", "file_size": {rank: bytes}, "fault": name, "env": {}}
 starts ranks whose output goes to FOLDER/rank-N.log and answers with their pids; {} waits for them, as a launcher does: when
 one fails the others are ended. It answers with their exit codes, negative for signals."""
 
@@ -63,12 +63,13 @@ def until(seen, pids=(), seconds=120):
         time.sleep(0.01)
 
 
-def be_rank(rank, world, port, argv, folder, file_size=None, fault=None):
+def be_rank(rank, world, port, argv, folder, file_size=None, fault=None, env=None):
     """In a forked child: become a rank and run the trainer."""
     log = os.open(Path(folder) / f"rank-{rank}.log", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
     os.dup2(log, 1), os.dup2(log, 2)
     address = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in address.items()})
+    os.environ.update({name: str(value) for name, value in address.items()} | (env or {}))
+    sys.argv = ["cv4ctrl.py", *argv]
     if size := (file_size or {}).get(str(rank)):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     import cv4ctrl
@@ -76,6 +77,8 @@ def be_rank(rank, world, port, argv, folder, file_size=None, fault=None):
     if fault:
         globals()[fault](cv4ctrl)
     cv4ctrl.main(argv)
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].finish()  # which it does at exit, and we leave by another door
 
 
 # --- faults: what goes wrong inside a rank ----------------------------------------------------------------------------------------
@@ -140,6 +143,26 @@ def slow(cv4ctrl, name, seconds):
         return function(*args)
 
     setattr(cv4ctrl, name, slowly)
+
+
+def be_a_script(cv4ctrl):
+    """Not the trainer: the Python file that argv names."""
+    cv4ctrl.main = lambda argv: exec(Path(argv[0]).read_text(), {})
+
+
+def logs_gone_at_step_2(cv4ctrl):
+    """The folder of the trackers vanishes, and its name is taken by a file."""
+    step, calls = cv4ctrl.train_step, []
+
+    def train_step(engine, frame, batches, config, rate):
+        calls.append(1)
+        if len(calls) == 2 and cv4ctrl.RANK == 0:
+            logs = Path(config.output_dir, config.logging_dir)
+            logs.rename(logs.with_name("moved"))
+            logs.write_text("")
+        return step(engine, frame, batches, config, rate)
+
+    cv4ctrl.train_step = train_step
 
 
 def slow_steps(cv4ctrl):

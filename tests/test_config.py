@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,8 @@ proportion_empty_prompts gradient_accumulation_steps gradient_checkpointing lear
 lr_num_cycles lr_power dataloader_num_workers adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm logging_dir
 allow_tf32 report_to mixed_precision dataset_name dataset_config_name image_column conditioning_image_column caption_column
 max_train_samples validation_prompt validation_image num_validation_images validation_steps tracker_project_name jsonl_for_train
-only_target_transformer_blocks guidance_scale upcast_before_saving weighting_scheme logit_mean logit_std mode_scale offload""".split()
+only_target_transformer_blocks guidance_scale upcast_before_saving weighting_scheme logit_mean logit_std mode_scale offload
+log_dataset_samples push_to_hub hub_model_id use_8bit_adam hub_token""".split()
 
 
 @pytest.fixture()
@@ -34,8 +36,38 @@ def engine_file(tmp_path):
     return write
 
 
-def test_flags_of_the_example_are_flags_here():
-    assert set(EXAMPLE) <= set(cv4ctrl.Config.__dataclass_fields__)
+def test_every_flag_of_the_example_is_taken_or_refused_with_a_word(refused):
+    assert len(set(EXAMPLE)) == 58
+    for name in EXAMPLE:
+        if name in cv4ctrl.Config.__dataclass_fields__:
+            field = cv4ctrl.Config.__dataclass_fields__[name]
+            words = {bool: [], int: ["3"], float: ["0.5"]}.get(field.type, [str((field.metadata.get("choices") or ["3"])[-1])])
+            value = getattr(cv4ctrl.parse([f"--{name}", *words]), name)
+            assert value in (True, 3, 0.5, words and words[0], words), name
+        else:
+            assert f"--{name} is not taken" in refused([f"--{name}"])
+
+
+def test_the_readme_names_what_differs_from_the_example():
+    section = (ROOT / "README.md").read_text().split("## From the diffusers example")[1].split("## Details")[0]
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| `--")]
+    assert {name[2:] for name, *_ in rows if name[2:] not in cv4ctrl.Config.__dataclass_fields__} == {"use_8bit_adam", "hub_token"}
+    for name, _, here in rows:
+        if field := cv4ctrl.Config.__dataclass_fields__.get(name[2:]):
+            assert here.split(";")[0].split(",")[0] == ("on" if field.default is True else str(field.default)), name
+
+
+def test_the_accelerate_file_has_its_counterparts(config, engine_file, device):
+    """All that the README names, in one file: we take it, and DeepSpeed does."""
+    section = (ROOT / "README.md").read_text().split("| accelerate_ds.yaml")[1].split("## Details")[0]
+    parts, whole = [json.loads(part) for part in re.findall(r"`(\{.*?\})`", section)], {}
+    for part in parts:
+        for key, value in part.items():
+            whole[key] = whole.get(key, {}) | value if isinstance(value, dict) else value
+    settings = cv4ctrl.engine_settings(config(deepspeed_config=engine_file(**whole), mixed_precision="bf16"))
+    cv4ctrl.check_engine(settings)
+    assert settings["zero_optimization"] == {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    assert settings["bf16"]["enabled"] is True and settings["gradient_clipping"] == 1.0 and settings["gradient_accumulation_steps"] == 1
 
 
 def test_dash_and_underscore_are_the_same_and_booleans_can_be_switched_off():
@@ -73,7 +105,8 @@ def test_scale_lr_multiplies_by_the_samples_a_step():
     (["--mixed_precision", "fp8"], ["fp8", "bf16", "fp32"]),
     (["--use_8bit_adam"], ["use_8bit_adam", "offload_optimizer"]),
     (["--hub_token", "secret"], ["hub_token", "HF_TOKEN"]),
-    (["--hub-token=secret"], ["HF_TOKEN"]),
+    (["--hub-token=secret"], ["HF_TOKEN"]), (["--report_to", "comet_ml"], ["comet_ml", "tensorboard"]),
+    (["--config_file=accelerate_ds.yaml"], ["ds_config.json"]), (["--num_processes", "8"], ["--num_gpus"]),
     (["--total_batch_size", "6"], ["total_batch_size 6", "train_batch_size 4"]),
     (["--total_batch_size", "8", "--gradient_accumulation_steps", "4"], ["total_batch_size 8", "gradient_accumulation_steps is 4"]),
     (["--train_batch_size", "64"], ["44 rows", "64"]),
