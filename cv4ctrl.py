@@ -96,9 +96,10 @@ TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"
 # === 2. configuration =================================================================================================
 
 
+# flags that decide which samples a run sees, and how its state looks
 IDENTITY = ("seed", "total_batch_size", "resolution", "max_sequence_length", "control", "proportion_empty_prompts",
             "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "mixed_precision",
-            "only_target_transformer_blocks")  # flags that decide which samples a run sees, and how its state looks
+            "only_target_transformer_blocks")  # fmt: skip
 
 
 class Ended(Exception):
@@ -221,7 +222,7 @@ class Config:
     report_to: str = flag("none", "tracker", choices=("none", *TRACKERS, "all"))
     tracker_project_name: str = flag("cogview4_train_control", "project of the tracker")
     logging_dir: str = flag("logs", "folder of the tracker under OUTPUT_DIR")
-    deepspeed_config: str = flag("ds_config.json", "the engine's settings, \"auto\" where a flag decides")
+    deepspeed_config: str = flag("ds_config.json", 'the engine\'s settings, "auto" where a flag decides')
     max_skipped_steps: int = flag(10, "steps in a row without a finite gradient after which the run ends", least=1)
     timeout_minutes: float = flag(120.0, "longest that a step, evaluation and saving included, may take", least=0.01)
     dry_run: bool = flag(False, "check everything, print the plan, load nothing")
@@ -1665,8 +1666,10 @@ def choose_offload(config, settings, shape, cards):
     here = min(world, torch.cuda.device_count() or 8)  # ranks of this machine
     host = here * memory(config, chosen, shape, world, config.max_sequence_length)[1] / 1e9
     there = psutil.virtual_memory().available / 1e9
-    say(f"the optimizer goes to host memory ({host:.0f} GB of {there:.0f}): with it a card would need {needed / 1e9:.0f} "
-        f"GB, {name} has {capacity / 1e9:.0f}; offload_optimizer.device in ds_config.json decides otherwise")
+    say(
+        f"the optimizer goes to host memory ({host:.0f} GB of {there:.0f}): a card would need {needed / 1e9:.0f} GB with "
+        f"it, {name} has {capacity / 1e9:.0f}; offload_optimizer.device in ds_config.json decides otherwise"
+    )
     refuse_if(host > there and not config.plan_for, f"{world} x {name} are too small for the optimizer, and so is host "
               f"memory: {host:.0f} GB are needed, {there:.0f} are free; take more cards")  # fmt: skip
     return chosen

@@ -181,7 +181,7 @@ def slow_drawing(cv4ctrl):
 def main():
     sys.path[:0] = [str(ROOT)]
     with contextlib.redirect_stdout(sys.stderr):
-        import datasets, deepspeed, diffusers, torch, transformers  # noqa: E401, F401
+        import datasets  # noqa: E401, F401
         from deepspeed.runtime.config import DeepSpeedConfig  # noqa: F401
         from diffusers import AutoencoderKL, CogView4ControlPipeline, CogView4Transformer2DModel  # noqa: F401
         from diffusers.optimization import get_scheduler  # noqa: F401

@@ -1,6 +1,6 @@
 """The demo learns: on the trained tiny base the real trainer makes the generated shape follow the outline.
 
-    python tests/test_demo.py FOLDER    the README's numbers: the demo with seeds 0, 1, 2, mean and spread"""
+python tests/test_demo.py FOLDER    the README's numbers: the demo with seeds 0, 1, 2, mean and spread"""
 
 import json
 import random
@@ -28,7 +28,9 @@ BASE = ROOT / "tests" / "base"
 def flags_of_the_demo(folder, name, *more):
     """The words of run.sh, with FOLDER for demo/ and FOLDER/name for its run."""
     command = (ROOT / "run.sh").read_text().split("demo)")[1].split('cv4ctrl.py" \\\n')[1].split('"$@"')[0]
-    words = shlex.split(command.replace("\\\n", " ").replace("$here/demo/run", f"{folder}/{name}").replace("$here/demo", str(folder)).replace("$here", str(ROOT)))
+    words = shlex.split(
+        command.replace("\\\n", " ").replace("$here/demo/run", f"{folder}/{name}").replace("$here/demo", str(folder)).replace("$here", str(ROOT))
+    )
     return [*words, *map(str, more)]
 
 

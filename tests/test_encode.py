@@ -53,6 +53,18 @@ def by_id(encoded):
     return {row.id: row for row in (*encoded.train, *encoded.held_out)}
 
 
+def test_a_variant_of_the_weights_serves_all_parts(run, base, tmp_path):
+    """Files named *.bf16.safetensors alone, as some bases on the hub have them."""
+    variant = shutil.copytree(base, tmp_path / "variant")
+    for file in variant.glob("*/*.safetensors"):
+        file.rename(file.with_suffix(".bf16.safetensors"))
+    rows = tiny.make_rows(8)
+    encoded, expected = (run(rows, cache=name, base=folder, variant="bf16")[0] for name, folder in (("a", variant), ("b", base)))
+    for row, other in zip(encoded.train, expected.train):
+        assert torch.equal(encoded.embedding(row.image), expected.embedding(other.image))
+        assert torch.equal(encoded.embedding(row.caption), expected.embedding(other.caption))
+
+
 def test_embeddings_are_the_pipelines_alone_bitwise(run, pipe):
     rows = [(*pair[:2], caption) for pair, caption in zip(tiny.make_rows(len(CAPTIONS)), CAPTIONS)]
     encoded, _, captions = run(rows, max_sequence_length=64)

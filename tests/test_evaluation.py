@@ -41,11 +41,11 @@ def test_sampler_equals_the_pipeline(base, model, guidance, side):
     assert (swapped - theirs).abs().max() > 1e-2  # the control reaches the picture
 
 
-def test_decoded_pictures_are_the_pipelines(base):
-    vae = cv4ctrl.load_vae(base)
+def test_decoded_pictures_are_the_pipelines(base, config):
+    vae = cv4ctrl.load_vae(config(), base)
     pipe = CogView4ControlPipeline.from_pretrained(base, transformer=None, text_encoder=None, vae=vae, tokenizer=None)
     latents = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
-    (ours,) = cv4ctrl.decode(SimpleNamespace(scaling=1.0), base, [latents], torch.device("cpu"))
+    (ours,) = cv4ctrl.decode(config(), SimpleNamespace(scaling=1.0), base, [latents], torch.device("cpu"))
     with torch.no_grad():
         theirs = pipe.image_processor.postprocess(pipe.vae.decode(latents.bfloat16()).sample, "np")
     for image, expected in zip(ours, theirs):

@@ -78,7 +78,7 @@ def test_canny_controls_are_made_from_the_photographs(runs, photos, config, base
     edges = CannyDetector()(photo, low_threshold=50, high_threshold=200, detect_resolution=64, image_resolution=64)
     pixels = torch.from_numpy(np.array(edges)).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
-        expected = cv4ctrl.load_vae(base).encode(pixels.bfloat16()).latent_dist.mean[0].float()
+        expected = cv4ctrl.load_vae(c, base).encode(pixels.bfloat16()).latent_dist.mean[0].float()
     assert (encoded.latent(row.control) - expected).abs().mean() < 0.02 * expected.abs().mean()
     assert (photos / "from-photos" / "dataset_samples.png").exists()
     assert Image.open(photos / "from-photos" / "validation" / "step-2.png").size == (320, 16 + 176)  # control | generated

@@ -188,7 +188,7 @@ def test_encoding_is_shared_by_the_ranks_and_serves_any_number(pair, encoded, ou
     _, (pictures, captions) = pair[1]
     assert pictures == 48 and captions > 0  # rank 0's half of 2 x 48
     c = config(encoded_dir=out / "encoded")
-    monkeypatch.setattr(cv4ctrl, "load_vae", lambda base: pytest.fail("one rank encodes again what two have encoded"))
+    monkeypatch.setattr(cv4ctrl, "load_vae", lambda *_: pytest.fail("one rank encodes again what two have encoded"))
     assert cv4ctrl.encode(c, base, cv4ctrl.open_dataset(c), device).train == encoded.train
 
 
@@ -303,6 +303,7 @@ def test_an_exported_checkpoint_is_a_base(copy, flags, config, base):
     cv4ctrl.check_base(c, folder, transformer)
     for other in (copy, copy / "checkpoint-6" / "transformer"):  # the run's folder, and the transformer alone
         assert cv4ctrl.find_base(c, str(other)) == (folder, transformer)
+    assert cv4ctrl.trace(str(copy)) == (str(base), transformer)  # what a checkpoint made from it will name as its base
     model = cv4ctrl.load_transformer(transformer, None, torch.float32, torch.device("cpu"))
     assert same(dict(model.named_parameters()), weights(transformer)) and model.config.in_channels == 32
 

@@ -151,9 +151,7 @@ def write_parquet(folder, rows):
     """Rows of (image bytes, control bytes, caption) as FOLDER/train.parquet with the columns of open_pose_controlnet."""
     import datasets
 
-    features = datasets.Features(
-        {"image": datasets.Image(), "conditioning_image": datasets.Image(), "text": datasets.Value("string")}
-    )
+    features = datasets.Features({"image": datasets.Image(), "conditioning_image": datasets.Image(), "text": datasets.Value("string")})
     columns = {
         "image": [{"bytes": image, "path": None} for image, _, _ in rows],
         "conditioning_image": [{"bytes": control, "path": None} for _, control, _ in rows],
