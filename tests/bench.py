@@ -164,7 +164,8 @@ class Bench:
         self.options, self.folder, self.full, cuda = o, Path(cv4ctrl.gather(folder)[0]), o.base == "full", self.device.type == "cuda"
         self.base = ROOT / "tests" / "base" if self.full else Path(o.base)
         self.shape = COGVIEW4 if self.full else json.loads((self.base / "transformer" / "config.json").read_text())
-        self.shape = self.shape | ({"num_layers": o.layers} if o.layers else {})
+        asked = {"num_layers": o.layers, "num_attention_heads": o.heads}
+        self.shape = self.shape | {name: value for name, value in asked.items() if value}
         usual = dict(zip(("resolution", "batch", "tokens", "recompute"), (1024, 8, 128, "all") if self.full else (64, 4, 16, "none")))
         for name, value in (usual | {"mixed_precision": "bf16" if cuda else "no", "workers": 8 if cuda else 1}).items():
             setattr(o, name, value if getattr(o, name) is None else getattr(o, name))
@@ -186,8 +187,8 @@ class Bench:
         from diffusers import CogView4Transformer2DModel
 
         if self.full:
-            proj = {"patch_embed.proj.weight": torch.empty(4096, 64, device="meta")}
-            model = on_device(CogView4Transformer2DModel, cv4ctrl.widen(proj, self.shape)[1], self.dtype, self.device)
+            shape = cv4ctrl.widen({"patch_embed.proj.weight": torch.empty(1, 64, device="meta")}, self.shape)[1]
+            model = on_device(CogView4Transformer2DModel, shape, self.dtype, self.device)
         else:
             model = cv4ctrl.load_transformer(self.base / "transformer", None, self.dtype, self.device)
         chosen = set(model.transformer_blocks[::2])
@@ -402,8 +403,9 @@ def section_variants(bench):
             if re.search(bench.options.variants, name):
                 c = bench.config(train_batch_size=change.pop("batch", bench.options.batch))
                 stream = bench.stream(c, [bench.options.tokens])
-                with bench.engine(c, **change) as (engine, frame), contextlib.closing(cv4ctrl.micro_batches(stream, 0, bench.turns + 1, bench.device)) as batches:
-                    first, *seconds = [timed_step(engine, frame, batches, c) for _ in range(bench.turns + 1)]
+                with bench.engine(c, **change) as (engine, frame):
+                    with contextlib.closing(cv4ctrl.micro_batches(stream, 0, bench.turns + 1, bench.device)) as batches:
+                        first, *seconds = [timed_step(engine, frame, batches, c) for _ in range(bench.turns + 1)]
                     yield {"variant": name} | bench.speed(c, engine.module, seconds[bench.options.warm_up :]) | {"first step s": first}
         except Exception as error:  # out of memory, no compiler: each library has classes of its own
             yield {"variant": name, "failed": cv4ctrl.reason(error)[:150]}
@@ -466,9 +468,9 @@ def section_encode(bench):
             clock = now(device)
             encoded = cv4ctrl.encode(c, bench.base, rows, device)
             seconds = now(device) - clock
-        inside = watch.inside("VAE") + watch.inside("text")
-        measured.append({"s": seconds, "rows/s": len(rows) / seconds, "VAE %": 100 * watch.inside("VAE") / seconds, "text %": 100 * watch.inside("text") / seconds,
-                         "encoders of all %": 100 * inside / seconds, "of loops %": 100 * inside / (watch.span("VAE") + watch.span("text"))})  # fmt: skip
+        vae, text, loops = watch.inside("VAE"), watch.inside("text"), watch.span("VAE") + watch.span("text")
+        measured.append({"s": seconds, "rows/s": len(rows) / seconds, "VAE %": 100 * vae / seconds, "text %": 100 * text / seconds,
+                         "encoders of all %": 100 * (vae + text) / seconds, "of loops %": 100 * (vae + text) / loops})  # fmt: skip
     yield {"rows": o.rows} | {name: spread([one[name] for one in measured]) for name in measured[0]}
     for workers in sorted({0, o.workers}):
         c = bench.config(dataloader_num_workers=workers)
@@ -483,10 +485,13 @@ def section_encode(bench):
 
 
 def section_reference(bench):
-    """samples/s against the example, in turn: same base, rows, batch, precision, steps; as many rows as samples, the worst case for encoding once"""
+    """samples/s against the example, in turn: same base, rows, batch, precision, steps
+
+    The example encodes what it trains on in every step; the trainer encodes every row once, so the fewer visits the worse for it."""
     from transformers import AutoTokenizer
 
-    o, count, measured = bench.options, bench.options.reference_steps * bench.options.batch, []
+    o, measured = bench.options, []
+    count = o.reference_rows or o.reference_steps * o.batch
     if bench.full or cv4ctrl.WORLD > 1:
         raise RuntimeError("reference needs one rank, and a base in a folder")
     captions = reference.captions(AutoTokenizer.from_pretrained(bench.base / "tokenizer"), count)
@@ -497,10 +502,12 @@ def section_reference(bench):
     ours_only = ["--probe_samples", "0", "--num_validation_images", "0", *(["--no_gradient_checkpointing"] if o.recompute == "none" else [])]
     for repeat in range(o.repeats):
         (bench.folder / f"pair-{repeat}").mkdir()
-        measured.append(reference.compare(o.reference, flags, ours_only, bench.folder / f"pair-{repeat}", o.reference_pythonpath, o.reference_steps, o.batch))
+        place = bench.folder / f"pair-{repeat}"
+        measured.append(reference.compare(o.reference, flags, ours_only, place, o.reference_pythonpath, o.reference_steps, o.batch))
     for n, name in ((1, "encoding included"), (2, "steps alone")):
         ratio = spread([one[n] / one[0] for one in measured])
-        yield {"ours": name, "samples/s": spread([one[n] for one in measured]), "example's samples/s": spread([one[0] for one in measured]), "ratio": ratio}
+        ours, theirs = (spread([one[which] for one in measured]) for which in (n, 0))
+        yield {"ours": name, "rows": count, "samples/s": ours, "example's samples/s": theirs, "ratio": ratio}
 
 
 # --- the command ----------------------------------------------------------------------------------------------------------------
@@ -515,6 +522,7 @@ def parse(argv):
     add("--sections", help="the same, separated by commas, for launchers that put flags first")
     add("--base", default=str(ROOT / "tests" / "base"), help="a folder, or full: the shape of CogView4-6B with random weights")
     add("--layers", type=int, help="of full: so many blocks instead of 28")
+    add("--heads", type=int, help="of full: so many heads of 128 instead of 32")
     add("--resolution", type=int, help="pixels [64; 1024 of full]")
     add("--batch", type=int, help="samples a micro-batch [4; 8 of full]")
     add("--tokens", type=int, help="of a caption, a multiple of 16 [16; 128 of full]")
@@ -528,13 +536,16 @@ def parse(argv):
     add("--variants", default="", help="regular expression: only these")
     add("--reference", help="your copy of diffusers' train_control_cogview4.py")
     add("--reference_steps", type=int, default=200, help="[%(default)s]")
+    add("--reference_rows", type=int, help="of its data set [as many as samples: each is encoded for one visit]")
     add("--reference_pythonpath", default="", help="where it finds accelerate, if that is not installed")
     add("--json", default="bench.json", help="the figures [%(default)s]")
     add("--local_rank", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     options.chosen = options.chosen or (options.sections or ",".join(SECTIONS)).split(",")
-    if options.layers and options.base != "full":
-        parser.error("--layers is for --base full")
+    if (options.layers or options.heads) and options.base != "full":
+        parser.error("--layers and --heads are for --base full")
+    if options.warm_up < 1:
+        parser.error("--warm_up must be at least 1")
     if unknown := set(options.chosen) - SECTIONS.keys():
         parser.error(f"no such section: {', '.join(unknown)}")
     options.chosen = [name for name in options.chosen if options.reference or name != "reference"]
