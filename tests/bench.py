@@ -177,7 +177,8 @@ class Bench:
         """The trainer's configuration, resolved and checked."""
         o = self.options
         flags = dict(pretrained_model_name_or_path=str(self.base), output_dir=str(self.folder / "out"), resolution=o.resolution, probe_samples=0,
-                     train_batch_size=o.batch, mixed_precision=o.mixed_precision, lr_scheduler="constant", dataloader_num_workers=o.workers)  # fmt: skip
+                     train_batch_size=o.batch, mixed_precision=o.mixed_precision, lr_scheduler="constant", dataloader_num_workers=o.workers,
+                     deepspeed_config=o.deepspeed_config)  # fmt: skip
         c = cv4ctrl.resolve(cv4ctrl.Config(**flags | changes), cv4ctrl.WORLD)
         cv4ctrl.check(c)
         return c
@@ -499,7 +500,8 @@ def section_reference(bench):
     flags = dict(pretrained_model_name_or_path=bench.base, dataset_name=bench.folder / "rows", resolution=o.resolution, train_batch_size=o.batch, seed=0,
                  max_train_steps=o.reference_steps, mixed_precision=o.mixed_precision, learning_rate=1e-4, lr_scheduler="constant",
                  dataloader_num_workers=o.workers, checkpointing_steps=10**6, validation_steps=10**6)  # fmt: skip
-    ours_only = ["--probe_samples", "0", "--num_validation_images", "0", *(["--no_gradient_checkpointing"] if o.recompute == "none" else [])]
+    ours_only = ["--deepspeed_config", o.deepspeed_config, "--probe_samples", "0", "--num_validation_images", "0"]
+    ours_only += ["--no_gradient_checkpointing"] if o.recompute == "none" else []
     for repeat in range(o.repeats):
         (bench.folder / f"pair-{repeat}").mkdir()
         place = bench.folder / f"pair-{repeat}"
@@ -529,6 +531,7 @@ def parse(argv):
     add("--mixed_precision", choices=("bf16", "no"), help="[bf16 on a GPU, no on a CPU]")
     add("--recompute", choices=("all", "some", "none"), help="blocks whose activations are computed again [none; all of full]")
     add("--workers", type=int, help="processes that make batches [8 on a GPU, 1 on a CPU]")
+    add("--deepspeed_config", default="ds_config.json", help="the engine's settings [%(default)s]")
     add("--warm_up", type=int, default=3, help="steps or calls that do not count, at least 1 [%(default)s]")
     add("--steps", type=int, default=20, help="in a series [%(default)s]")
     add("--repeats", type=int, default=3, help="series [%(default)s]")
@@ -555,7 +558,7 @@ def parse(argv):
 def header(bench, argv):
     """When, on what, with what."""
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else "")
-    cpu = f"{os.cpu_count()} cores of {cpu[1] if cpu else platform.machine()}, {torch.get_num_threads()} threads"
+    cpu = f"{os.cpu_count()} cores of {cpu[1] if cpu else platform.machine()}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
     versions = {name: version(name) for name in ("torch", "deepspeed", "diffusers", "transformers")} | {"python": platform.python_version()}
     return {"date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "ranks": cv4ctrl.WORLD, "versions": versions,
             "hardware": torch.cuda.get_device_name() if bench.device.type == "cuda" else cpu,
