@@ -28,6 +28,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import logging
 import math
 import os
 import platform
@@ -397,6 +398,23 @@ def make_shared(folder):
     refuse_if(blind, f"{folder}: ranks {blind} do not see what rank 0 writes there; take a disk that all share")
 
 
+class PlainLines:
+    """stderr as a progress bar sees it where it is no terminal: each state of the bar is a line."""
+
+    def write(self, text):
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+def progress(jobs, title, **more):
+    """tqdm on rank 0 alone; a line every ten seconds where stderr is a file."""
+    plain = {} if sys.stderr.isatty() else {"file": PlainLines(), "mininterval": 10, "position": 0}
+    return tqdm(jobs, title, disable=RANK > 0, **plain, **more)
+
+
 def say(text):
     """A line on stderr, from rank 0, that does not cut through a progress bar."""
     if RANK == 0:
@@ -454,6 +472,15 @@ def digest(*parts):
     return hash.hexdigest()
 
 
+def flush(path):
+    """A file or folder from the cache to the disk, so that a power cut does not take it back."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_aside(file, write):
     """write(path) to a file beside `file`, which then takes its place whole, readable as the umask has it."""
     aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
@@ -461,6 +488,7 @@ def write_aside(file, write):
     mode = aside.stat().st_mode
     write(aside)
     aside.chmod(mode)  # safetensors makes files that only their owner can read
+    flush(aside)
     os.replace(aside, file)
 
 
@@ -851,7 +879,7 @@ def find_rows(config, base, rows):
     def control_key(content, made):
         return digest(picture, c.control, content) if made else digest(picture, content)
 
-    mine = tqdm(range(RANK, len(rows), WORLD), "reading rows", disable=RANK > 0)
+    mine = progress(range(RANK, len(rows), WORLD), "reading rows")
     found = sum(gather([keys(id) for id in mine if not asked_to_stop()]), [])
     stop_if_asked()
     bad, found = [r for r in found if isinstance(r, BadRow)], sorted(r for r in found if isinstance(r, Row))
@@ -933,7 +961,7 @@ def picture_entries(config, base, rows, todo, device, broken):
     vae, workers = load_vae(config, base).to(device), min(config.dataloader_num_workers, len(todo))
     loader = DataLoader(todo, None, collate_fn=functools.partial(read_picture, config, rows), num_workers=workers,
                         worker_init_fn=outlive_signals)  # fmt: skip
-    for key, pixels in tqdm(loader, "encoding pictures", disable=RANK > 0):
+    for key, pixels in progress(loader, "encoding pictures"):
         if asked_to_stop():
             return
         if torch.is_tensor(pixels):  # one at a time: an entry does not depend on its neighbours
@@ -956,7 +984,7 @@ def caption_entries(config, base, todo, device):
     quiet_diffusers(), quiet_transformers()
     options = load_options(config, base / "text_encoder")
     pipe = CogView4ControlPipeline.from_pretrained(base, transformer=None, vae=None, **options).to(device)
-    for key, text in tqdm(todo, "encoding captions", disable=RANK > 0):
+    for key, text in progress(todo, "encoding captions"):
         if asked_to_stop():
             return
         with torch.no_grad():
@@ -1077,7 +1105,7 @@ def spread(jobs, work, title):
 
     All ranks call `work` equally often, the last ones perhaps in vain: under ZeRO-3 a forward pass is collective."""
     done = {}
-    for turn in tqdm(range(math.ceil(len(jobs) / WORLD)), title, disable=RANK > 0, leave=False):
+    for turn in progress(range(math.ceil(len(jobs) / WORLD)), title, leave=False):
         job = jobs[min(turn * WORLD + RANK, len(jobs) - 1)]
         done[job] = work(job)
     return {job: result for part in gather(done) for job, result in part.items()}
@@ -1176,9 +1204,11 @@ def save_grid(file, titles, rows, headings):
 
 def start_ranks(minutes=120):
     """Join the others, alone where nobody launched us -> this rank's device. minutes: how long one waits for all."""
+    logging.disable(logging.WARNING)  # its search for accelerators
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    logging.disable(logging.NOTSET)
     deepspeed.utils.logger.setLevel("WARNING")
     for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=0).items():
         os.environ.setdefault(name, str(value))
@@ -1288,8 +1318,9 @@ def export(engine, folder, upcast):
         engine.module.save_config(folder)
         pattern = "diffusion_pytorch_model{suffix}.safetensors"
         save_torch_state_dict(state, folder, filename_pattern=pattern, max_shard_size="10GB")
-        for file in folder.glob("*.safetensors"):
+        for file in folder.iterdir():
             file.chmod((folder / "config.json").stat().st_mode)  # as in write_aside
+            flush(file)
 
     together(write, RANK == 0)
 
@@ -1308,8 +1339,8 @@ def save_checkpoint(engine, config, step, identity, skipped=0):
     Where one rank cannot write all stop, and the older checkpoints are untouched. Raises Failure."""
     folder, final = Path(config.output_dir), Path(config.output_dir, f"checkpoint-{step}")
     aside, base = folder / f".checkpoint-{step}.tmp", trace(config.pretrained_model_name_or_path)[0]
-    mine = ((name, read()) for name, read, _ in state_parts(engine))
-    mine = (part for n, part in enumerate(mine) if n % WORLD == RANK)
+    parts = progress(list(state_parts(engine)), "saving", leave=False)
+    mine = (part for n, part in enumerate((name, read()) for name, read, _ in parts) if n % WORLD == RANK)
 
     def write_state():
         try:
@@ -1325,6 +1356,7 @@ def save_checkpoint(engine, config, step, identity, skipped=0):
         write_aside(aside / "manifest.json", lambda path: path.write_text(json.dumps(manifest, indent=1)))
         shutil.rmtree(final, ignore_errors=True)  # of the same step, if an older checkpoint was chosen to go on from
         os.replace(aside, final)
+        flush(folder)  # before an older checkpoint goes
         # what was passed over as damaged has a higher step: it goes first, then the oldest; never the one just written
         others = sorted(checkpoints(folder).items(), key=lambda item: (item[0] <= step, item[0]))[:-1]
         keep = config.checkpoints_total_limit - 1
@@ -1335,7 +1367,6 @@ def save_checkpoint(engine, config, step, identity, skipped=0):
     together(write_state)
     export(engine, aside / "transformer", config.upcast_before_saving)
     files = checksums(aside)
-    os.sync()  # against a power cut: on the disk before an older checkpoint goes
     together(finish, RANK == 0)
 
 
@@ -1405,7 +1436,7 @@ class Log:
     def __init__(self, config, start, steps):
         self.config, self.file, self.shown = config, Path(config.output_dir, "metrics.jsonl"), {}
         self.trackers = {name: None for name in TRACKERS if config.report_to in (name, "all") and RANK == 0}
-        self.bar = tqdm(total=steps, initial=start, desc="training", disable=RANK > 0)
+        self.bar = progress(None, "training", total=steps, initial=start)
         if RANK == 0:
             lines = self.file.read_text().splitlines() if start and self.file.exists() else []
             kept = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
@@ -1667,8 +1698,8 @@ def choose_offload(config, settings, shape, cards):
     host = here * memory(config, chosen, shape, world, config.max_sequence_length)[1] / 1e9
     there = psutil.virtual_memory().available / 1e9
     say(
-        f"the optimizer goes to host memory ({host:.0f} GB of {there:.0f}): a card would need {needed / 1e9:.0f} GB with "
-        f"it, {name} has {capacity / 1e9:.0f}; offload_optimizer.device in ds_config.json decides otherwise"
+        f"the optimizer goes to host memory ({host:.0f} GB of {there:.0f}): with it a card needs {needed / 1e9:.0f} GB "
+        f"and {name} has {capacity / 1e9:.0f}; offload_optimizer.device in ds_config.json decides otherwise"
     )
     refuse_if(host > there and not config.plan_for, f"{world} x {name} are too small for the optimizer, and so is host "
               f"memory: {host:.0f} GB are needed, {there:.0f} are free; take more cards")  # fmt: skip
@@ -1676,19 +1707,14 @@ def choose_offload(config, settings, shape, cards):
 
 
 def remedies(config, settings, world):
-    """What makes a step smaller, the cheapest first, each on top of those before -> (words, config, settings)."""
-    c = dataclasses.replace(config, gradient_checkpointing=True)
-    if not config.gradient_checkpointing:
-        yield "--gradient_checkpointing", c, settings
-    for size in range(c.train_batch_size - 1, 0, -1):
-        if c.total_batch_size % (size * world) == 0:
-            yield f"--train_batch_size {size}", dataclasses.replace(c, train_batch_size=size), settings
+    """What makes a step smaller, the cheapest first, with the same samples a step -> (words, config, settings)."""
+    sizes = [n for n in range(config.train_batch_size, 0, -1) if config.total_batch_size % (n * world) == 0]
     zero = settings.get("zero_optimization", {}) | {"offload_optimizer": {"device": "cpu"}}
-    words = 'zero_optimization.offload_optimizer {"device": "cpu"} in ds_config.json'
-    for size in range(c.train_batch_size, 0, -1):
-        if c.total_batch_size % (size * world) == 0:
-            smaller = dataclasses.replace(c, train_batch_size=size)
-            yield f"{words}, --train_batch_size {size}", smaller, settings | {"zero_optimization": zero}
+    offloaded = settings | {"zero_optimization": zero}
+    for words, engine in (("", settings), ('"offload_optimizer": {"device": "cpu"} in ds_config.json and ', offloaded)):
+        for size in sizes:
+            smaller = dataclasses.replace(config, gradient_checkpointing=True, train_batch_size=size)
+            yield f"{words}--gradient_checkpointing --train_batch_size {size}", smaller, engine
 
 
 def token_counts(config, base, rows, most=10_000):
@@ -1714,6 +1740,7 @@ def plan(config, settings, base, rows, held_out, steps, shape, cards):
     sequence = (c.resolution // PIXELS_PER_TOKEN) ** 2 + mean
     flops = 12 * shape.layers * shape.width * sequence * (6 * shape.width + sequence)  # a sample, both passes
     seconds = flops * c.total_batch_size / (world * peak * UTILISATION) if peak else None
+    room = f" of {capacity / 1e9:.0f}, {name}" if capacity else ""
     step_bytes, epochs = sum(parts.values()), steps * c.total_batch_size / (len(rows) - held_out)
     split = " + ".join(f"{size / 1e9:.3g} GB {part}" for part, size in parts.items())
     lines = {
@@ -1722,7 +1749,7 @@ def plan(config, settings, base, rows, held_out, steps, shape, cards):
         "steps": f"{steps} of {c.total_batch_size} samples, {epochs:.2f} epochs",
         "to encode": f"at most {2 * len(rows)} pictures and {len(rows) + 1} captions, less the "
                      f"{len(read_index(c.encoded_dir))} entries that the cache holds",
-        "a card": f"{split} = {step_bytes / 1e9:.3g} GB" + f" of {capacity / 1e9:.0f}, {name}" * bool(capacity),
+        "a card": f"{split} = {step_bytes / 1e9:.3g} GB{room}",
         "a host": f"{host / 1e9:.3g} GB a rank for what is offloaded" if host else "nothing is offloaded",
         "disk": f"{max(disk, 0) / 1e9:.3g} GB in {c.output_dir}, {max(cache, 0) / 1e9:.3g} GB in {c.encoded_dir}",
         "time": f"{seconds:.3g} s a step, {seconds * steps / 3600:.3g} hours of training, at {UTILISATION:.0%} of the "
@@ -1836,7 +1863,8 @@ def run(config):
     dist.destroy_process_group()
     if RANK == 0:
         push(c, repository, steps) if repository else None
-        print(f"done: weights in {c.output_dir}, pictures in {Path(c.output_dir, 'validation')}")
+        print(f"done: pictures in {Path(c.output_dir, 'validation')}, weights in {c.output_dir}; "
+              f'CogView4Transformer2DModel.from_pretrained("{c.output_dir}") loads them')  # fmt: skip
 
 
 def count_steps(config, rows):

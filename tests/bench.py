@@ -211,6 +211,7 @@ class Bench:
         for block in model.transformer_blocks if compile else ():
             block.compile()
         settings = cv4ctrl.engine_settings(c)
+        settings["zero_optimization"].pop("offload_optimizer", None)
         if offload:
             settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
         engine = cv4ctrl.start_engine(c, settings, model)
@@ -269,7 +270,7 @@ def split_steps(bench, c, engine, frame, stream):
     steps = iter(range(1, 10**9))
     total = o.warm_up + 2 * o.repeats * o.steps
     Path(c.output_dir).mkdir(exist_ok=True)
-    log = cv4ctrl.Log(c, engine, 0, total)
+    log = cv4ctrl.Log(c, 0, total)
 
     def step(batches):
         """As a turn of the trainer's loop: a step, and its row of figures."""
@@ -319,36 +320,39 @@ def section_bare(bench):
 
     In bf16 the bare loop keeps fp32 weights for AdamW, too. ours: the trainer's forward pass; installed: diffusers' attention processor, and
     rotary tables made in each forward. The bare loop neither reads the data nor clips, checks or logs anything."""
+    for forward in ("ours", "installed"):
+        yield {"bare forward": forward} | dict(zip(("trainer ms", "bare ms", "overhead %"), compare_with_bare(bench, forward)))
+
+
+def compare_with_bare(bench, forward):
+    """Figures of section_bare for one forward pass; both models are gone when it returns."""
     from diffusers.models.transformers.transformer_cogview4 import CogView4AttnProcessor
 
     c = bench.config()
-    for forward in ("ours", "installed"):
-        with bench.engine(c) as (engine, frame):
-            model, ours = bench.model(bench.options.recompute)[0], frame
-            if forward == "installed":
-                ours = frame._replace(rope=None)
-                for block in model.transformer_blocks:
-                    block.attn1.set_processor(CogView4AttnProcessor())
-            weights = list(model.parameters())
-            masters = weights if bench.dtype == torch.float32 else [p.detach().float() for p in weights]
-            optimizer, kept = torch.optim.AdamW(masters, lr=c.learning_rate, fused=True), []
+    with bench.engine(c) as (engine, frame):
+        model, ours = bench.model(bench.options.recompute)[0], frame
+        if forward == "installed":
+            ours = frame._replace(rope=None)
+            for block in model.transformer_blocks:
+                block.attn1.set_processor(CogView4AttnProcessor())
+        weights = list(model.parameters())
+        masters = weights if bench.dtype == torch.float32 else [p.detach().float() for p in weights]
+        optimizer, kept = torch.optim.AdamW(masters, lr=c.learning_rate, fused=True), []
 
-            def bare_step():
-                clock = now(bench.device)
-                cv4ctrl.batch_loss(model, ours, kept.pop(), "none").backward()
-                for master, p in zip(masters, weights) if masters is not weights else ():
-                    master.grad, p.grad = p.grad.float(), None
-                optimizer.step()
-                if masters is not weights:
-                    torch._foreach_copy_([p.data for p in weights], masters)
-                optimizer.zero_grad()
-                return now(bench.device) - clock
+        def bare_step():
+            clock = now(bench.device)
+            cv4ctrl.batch_loss(model, ours, kept.pop(), "none").backward()
+            for master, p in zip(masters, weights) if masters is not weights else ():
+                master.grad, p.grad = p.grad.float(), None
+            optimizer.step()
+            if masters is not weights:
+                torch._foreach_copy_([p.data for p in weights], masters)
+            optimizer.zero_grad()
+            return now(bench.device) - clock
 
-            with contextlib.closing(cv4ctrl.micro_batches(bench.stream(c, [bench.options.tokens]), 0, bench.turns, bench.device)) as batches:
-                fed = (kept.append(batch) or batch for batch in batches)
-                figures = bench.in_turn(lambda: timed_step(engine, frame, fed, c), bare_step)
-            yield {"bare forward": forward} | dict(zip(("trainer ms", "bare ms", "overhead %"), figures))
-            del model, weights, masters, optimizer, bare_step
+        with contextlib.closing(cv4ctrl.micro_batches(bench.stream(c, [bench.options.tokens]), 0, bench.turns, bench.device)) as batches:
+            fed = (kept.append(batch) or batch for batch in batches)
+            return bench.in_turn(lambda: timed_step(engine, frame, fed, c), bare_step)
 
 
 def why_not(messages, backend):

@@ -1,6 +1,6 @@
 """diffusers' own example against this trainer: samples/s of both from their progress bars, in turn. `python tests/bench.py reference` uses it.
 
-    python tests/reference.py SCRIPT [flags]     runs the user's copy of train_control_cogview4.py, also where there is no GPU"""
+python tests/reference.py SCRIPT [flags]     runs the user's copy of train_control_cogview4.py, also where there is no GPU"""
 
 import os
 import random

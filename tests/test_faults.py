@@ -71,7 +71,21 @@ def undisturbed(nursery, out, argv):
     began = time.time()
     codes, text = nursery.run(argv("undisturbed", checkpoints_total_limit=0), 2, out / "log")
     assert codes == [0, 0], text
+    (out / "undisturbed.log").write_text(text)
     return out / "undisturbed", time.time() - began
+
+
+def test_a_log_file_gets_plain_lines(undisturbed, out):
+    """Each phase with its rate, on one rank, and nothing of the libraries' own before the first word of ours."""
+    text = (out / "undisturbed.log").read_text()
+    assert "\r" not in text and "\x1b" not in text
+    lines = text.splitlines()
+    assert lines[0].startswith("48 rows") and "cv4ctrl.py" not in text, text
+    for phase in ("reading rows", "training", "probing", "drawing", "saving"):
+        assert any(line.startswith(f"{phase}:") for line in lines), (phase, text)
+    (done,) = [line for line in lines if line.startswith("done:")]
+    assert f'from_pretrained("{undisturbed[0]}")' in done
+    assert lines.count("training:   0%|          | 0/12 [00:00<?, ?it/s]") == 1  # the other rank is silent
 
 
 def log_without_clock(folder):

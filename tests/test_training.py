@@ -249,12 +249,14 @@ def test_another_sample_stream_is_refused_by_name(changes, name, copy, flags, re
     assert way.get(flag, f"give --{flag} {saved}") in line, line
 
 
-def test_on_more_ranks_the_refusals_lead_to_the_command_that_goes_on(copy, flags, refused, monkeypatch):
-    monkeypatch.setattr(cv4ctrl, "WORLD", 2)
-    monkeypatch.setattr(cv4ctrl, "gather", lambda item: [item])
-    common = dict(proportion_empty_prompts=0.2, max_train_steps=9)
-    assert "give --total_batch_size 4" in refused(flags(copy, **common), progress=True)
-    assert "--train_batch_size 2 would do" in refused(flags(copy, **common, total_batch_size=4))
+def test_on_more_ranks_the_refusals_lead_to_the_command_that_goes_on(copy, config):
+    manifest, common = json.loads((copy / "checkpoint-6" / "manifest.json").read_text()), dict(proportion_empty_prompts=0.2)
+    identity = lambda c: {name: getattr(c, name) for name in cv4ctrl.IDENTITY}  # noqa: E731
+    with pytest.raises(cv4ctrl.Refusal, match="give --total_batch_size 4"):
+        cv4ctrl.refuse_another(copy, manifest, identity(config(copy, world=2, **common)))
+    with pytest.raises(cv4ctrl.Refusal, match="--train_batch_size 2 would do"):
+        config(copy, world=2, **common, total_batch_size=4)
+    cv4ctrl.refuse_another(copy, manifest, identity(config(copy, world=2, **common, total_batch_size=4, train_batch_size=2)))
 
 
 def test_changed_captions_are_another_stream(copy, flags, refused, tmp_path):
