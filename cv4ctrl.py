@@ -129,6 +129,7 @@ class Preempted(Ended):
 
 
 def refuse_if(wrong, why):
+    """Where something is wrong, raise a Refusal that says why."""
     if wrong:
         raise Refusal(why)
 
@@ -604,6 +605,7 @@ def trains(name, only_blocks):
 
 
 def choose_trainable(model, only_blocks):
+    """Gradients only for what trains."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trains(name, only_blocks))
 
@@ -1073,6 +1075,7 @@ def micro_batches(stream, start, stop, device):
 
 
 def to_device(batch, device):
+    """The tensors of a micro-batch on `device`; from pinned memory the copy is not waited for."""
     return {name: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for name, v in batch.items()}
 
 

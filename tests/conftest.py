@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,23 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.name == "test_demo.py")  # last: its training goes on beside the others
     for item in items:
         if item.get_closest_marker("long") and not config.getoption("--long"):
             item.add_marker(pytest.mark.skip(reason="only with --long"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def demo(request, tmp_path_factory):
+    """(folder, future of its end) of the demo's training, on one core beside the other tests; None where no test wants it."""
+    if not any(item.path.name == "test_demo.py" for item in request.session.items):
+        yield None
+        return
+    import test_demo
+
+    folder = tmp_path_factory.mktemp("demo")
+    with ThreadPoolExecutor() as pool:
+        yield folder, pool.submit(test_demo.train, folder)
 
 
 @pytest.fixture(scope="session")

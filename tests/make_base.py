@@ -3,9 +3,11 @@
 The folder, tests/base by default, is laid out as CogView4-6B is. Its VAE reconstructs 64 px pictures of captioned coloured shapes
 and their outlines; its transformer draws such shapes from a caption, without any control. The text encoder is a random GLM over a
 tokenizer that knows the words: random features of few words can be told apart, and that is all that is asked of it. With
-`transformer` only that part is trained, on the VAE that is there.
+`transformer` only that part is trained, on the VAE that is there. (The weights in tests/base come from these phases in three goes,
+rounded to bf16 in between.)
 """
 
+import json
 import random
 import sys
 import time
@@ -110,6 +112,14 @@ def train_transformer(transformer, latents, captions, embeds, steps):
     return average.module
 
 
+def save(model, folder):
+    """As the library does, but without the path that the model came from."""
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("_name_or_path", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
 def main(folder, only_transformer=False):
     from diffusers import AutoencoderKL, CogView4ControlPipeline, CogView4Transformer2DModel
 
@@ -121,7 +131,7 @@ def main(folder, only_transformer=False):
     images, controls = (torch.stack([tensor(pair[i]) for pair in pairs]) for i in (0, 1))
     vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32)
     vae = (vae if only_transformer else train_vae(vae, images, controls)).bfloat16().requires_grad_(False)
-    vae.save_pretrained(folder / "vae")
+    save(vae, folder / "vae")
     latents = torch.cat([vae.encode(images[i : i + 50].bfloat16()).latent_dist.sample().float() for i in range(0, len(images), 50)])
     print(f"latents: standard deviation by channel {latents.std((0, 2, 3)).numpy().round(2)}", flush=True)
 
@@ -132,7 +142,7 @@ def main(folder, only_transformer=False):
     captions = torch.tensor([texts.index(pair[2]) for pair in pairs])
     transformer = CogView4Transformer2DModel.from_config(CogView4Transformer2DModel.load_config(folder / "transformer"))
     transformer = train_transformer(transformer, latents, captions, embeds, TRANSFORMER_STEPS)
-    transformer.bfloat16().save_pretrained(folder / "transformer")
+    save(transformer.bfloat16(), folder / "transformer")
 
 
 if __name__ == "__main__":

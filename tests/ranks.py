@@ -13,15 +13,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def launch(world, *jobs, timeout=400):
-    """Run the jobs one after the other on `world` ranks -> [(exit code, value)] as rank 0 has them."""
+def launch(world, *jobs, timeout=400, threads=None):
+    """Run the jobs one after the other on `world` ranks -> [(exit code, value)] as rank 0 has them; threads a rank, of two cores."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = []
     for rank in range(world):
-        env = {"OMP_NUM_THREADS": str(max(1, 2 // world))} | os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        env = {"OMP_NUM_THREADS": str(threads or max(1, 2 // world))} | os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         ranks.append(subprocess.Popen([sys.executable, __file__, json.dumps(jobs, default=str)], env=env, **output))
     try:

@@ -250,6 +250,12 @@ def test_commands_of_the_readme_are_understood():
             assert cv4ctrl.engine_settings(c)["train_batch_size"] == c.total_batch_size in (64, 128)
 
 
+def test_files_that_the_readme_names_are_there():
+    text = (ROOT / "README.md").read_text()
+    named = set(re.findall(r"tests/[\w/.-]*\w|cv4ctrl\.py|ds_config\.json|\.ruff\.toml|\.ci/run|run\.sh|requirements\.txt", text))
+    assert len(named) > 10 and all((ROOT / name).exists() for name in named), named
+
+
 def test_digest_keeps_parts_apart():
     assert len({cv4ctrl.digest("ab", "c"), cv4ctrl.digest("a", "bc"), cv4ctrl.digest("abc"), cv4ctrl.digest(b"abc", "")}) == 4
     assert torch.equal(*(torch.rand(3, generator=cv4ctrl.draw(0, "x", 1)) for _ in range(2)))

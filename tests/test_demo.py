@@ -66,19 +66,23 @@ def gains_of(run):
     return {line["step"]: line["control_gain"] for line in lines if "control_gain" in line}
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def train(folder):
     """The demo itself, with fewer evaluations."""
-    folder = tmp_path_factory.mktemp("demo")
     tiny.make_data(folder / "data", 2048)
-    assert launch(1, flags_of_the_demo(folder, "run", "--validation_steps", 275)) == [[0, None]]
+    return launch(1, flags_of_the_demo(folder, "run", "--validation_steps", 290), threads=1)
+
+
+@pytest.fixture(scope="module")
+def run(demo):
+    folder, training = demo
+    assert training.result() == [[0, None]]
     return folder / "run"
 
 
 def test_control_gain_rises_from_nothing(run):
     gains = gains_of(run)
-    assert list(gains) == [0, 275, 550]
-    assert abs(gains[0]) < 0.01 and gains[550] > 1.5, gains
+    assert list(gains) == [0, 290, 580]
+    assert abs(gains[0]) < 0.01 and gains[580] > 1.5, gains
 
 
 def test_generated_shapes_follow_their_own_outline(run):
@@ -98,7 +102,7 @@ def test_the_score_itself():
 def test_progress_picture(run, tmp_path):
     progress.progress(run, tmp_path / "progress.png")
     picture = Image.open(tmp_path / "progress.png")
-    assert picture.size == (5 * 160, 16 + 4 * 176)  # control, steps 0, 275, 550, target; four cases
+    assert picture.size == (5 * 160, 16 + 4 * 176)  # control, steps 0, 290, 580, target; four cases
     assert len({picture.crop((160 * i, 32, 160 * (i + 1), 192)).tobytes() for i in range(5)}) == 5
 
 

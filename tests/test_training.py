@@ -45,7 +45,7 @@ def zero(out):
 
     def write(stage):
         settings = json.loads((ROOT / "ds_config.json").read_text())
-        settings["zero_optimization"]["stage"] = stage
+        settings["zero_optimization"] |= {"stage": stage, "stage3_param_persistence_threshold": 0}  # else ZeRO-3 would not cut so small tensors
         (out / f"zero{stage}.json").write_text(json.dumps(settings))
         return out / f"zero{stage}.json"
 
@@ -330,7 +330,7 @@ def test_a_step_costs_little_more_than_the_bare_mathematics(out, flags, tmp_path
 
     wide = tiny.make_base(tmp_path / "wide", layers=4, heads=6, head_dim=32)
     argv = flags(tmp_path / "cost", no_gradient_checkpointing=True, pretrained_model_name_or_path=wide, resolution=128,
-                 encoded_dir=tmp_path / "cache", dataloader_num_workers=1, max_train_steps=20, train_batch_size=32, max_train_samples=40)  # fmt: skip
+                 encoded_dir=tmp_path / "cache", dataloader_num_workers=1, max_train_steps=15, train_batch_size=32, max_train_samples=40)  # fmt: skip
     [(_, (trained, bare))] = launch(1, ("cost_of_a_step", [argv]))
     print(f"a step costs {trained / bare:.3f} of the bare one")
     assert trained <= 1.25 * bare, (trained, bare)
@@ -351,7 +351,7 @@ def test_torchrun_and_the_recipes_flags(out, flags):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "cv4ctrl.py"), *argv]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert "2 ranks" in done.stdout and "done: weights in" in done.stdout and (out / "torchrun" / "checkpoint-1").is_dir()
+    assert "2 ranks" in done.stdout and "done: pictures in" in done.stdout and (out / "torchrun" / "checkpoint-1").is_dir()
 
 
 def test_deepspeed_launcher_passes_the_refusal_on(out, flags):
