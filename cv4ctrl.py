@@ -21,6 +21,7 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import errno
 import faulthandler
 import functools
 import gc
@@ -299,8 +300,10 @@ def check(config):
     for name in ("tensorboard", "wandb"):
         refuse_if(c.report_to in (name, "all") and not importlib.util.find_spec(name),
                   f"--report_to {c.report_to} needs {name}, which is not installed: pip install {name}")  # fmt: skip
-    if c.report_to in ("wandb", "all") and not {"WANDB_API_KEY", "WANDB_MODE"} & os.environ.keys():
-        logged_in = importlib.import_module("wandb").login(prompt=False)
+    if c.report_to in ("wandb", "all") and RANK == 0 and not {"WANDB_API_KEY", "WANDB_MODE"} & os.environ.keys():
+        logged_in = True
+        with contextlib.suppress(Exception):  # no network, another version: then the tracker will say so
+            logged_in = importlib.import_module("wandb").login(prompt=False, verify=False)
         refuse_if(not logged_in, f"--report_to {c.report_to}: log in with `wandb login`, or set WANDB_MODE=offline")
     for name, path in (("output_dir", Path(c.output_dir).absolute()), ("encoded_dir", Path(c.encoded_dir).absolute())):
         there = next(p for p in (path, *path.parents) if os.path.exists(p))
@@ -355,6 +358,8 @@ def engine_settings(config):
     kind = settings.get("optimizer", {}).get("type", "AdamW")
     refuse_if(kind not in ("Adam", "AdamW"), f"{path.name} says optimizer.type = {kind}: only Adam and AdamW are known")
     refuse_if("optimizer" in settings and stage == 0, f"{path.name}: an optimizer of its own needs ZeRO stage 1 to 3")
+    offload = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device")
+    refuse_if(offload == "cpu" and stage == 0, f"{path.name}: offload_optimizer needs ZeRO stage 1 to 3")
     refuse_if("nvme" in dict(walk(settings)).values(), f"{path.name}: offloading to nvme is not supported, use cpu")
     checked = settings["bf16"].setdefault("check_grad_overflow", True)
     refuse_if(not checked, f"{path.name} switches bf16.check_grad_overflow off: one NaN would end in the weights")
@@ -442,20 +447,35 @@ def outlive_signals(_):
         signal.signal(number, lambda *_: signal.alarm(600))
 
 
-@functools.cache
-def launchers():
-    """The processes of deepspeed or torchrun above us: not all of them pass on the signal that ends them."""
+def ancestors():
+    """The processes above us; none where the system hides them, as some clusters do."""
     import psutil
 
-    named = [(p, " ".join((p.as_dict(["cmdline"])["cmdline"] or [])[:5])) for p in psutil.Process().parents()]
-    return {p for p, words in named if re.search(r"deepspeed|torchrun|torch\.distributed", words)}
+    try:
+        return set(psutil.Process().parents())
+    except psutil.AccessDenied:
+        return set()
+    except psutil.NoSuchProcess:  # ended while we looked
+        return ancestors()
+
+
+@functools.cache
+def launchers():
+    """Those of deepspeed or torchrun among them: not all of them pass on the signal that ends them."""
+    pattern = r"(^|/)(deepspeed|torchrun)( |$)|-m (deepspeed\.launcher|torch\.distributed)"
+    words = {p: " ".join((p.as_dict(["cmdline"])["cmdline"] or [])[:5]) for p in ancestors()}
+    return {p for p in words if re.search(pattern, words[p])}
+
+
+@functools.lru_cache(maxsize=1)
+def orphaned(second):
+    """Has what launched us ended, be it as a zombie? Then it is no ancestor any more. Looked up once a second."""
+    return not launchers() <= ancestors()
 
 
 def asked_to_stop():
-    """By a signal, or by the end of what launched us: who has ended, be it as a zombie, is no parent any more."""
-    import psutil
-
-    return bool(SIGNALLED) or not launchers() <= set(psutil.Process().parents())
+    """By a signal, or by the end of what launched us."""
+    return bool(SIGNALLED) or orphaned(int(time.monotonic()))
 
 
 def stop_if_asked():
@@ -478,6 +498,14 @@ def flush(path):
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (
+            errno.EINVAL,
+            errno.EBADF,
+            errno.EACCES,
+            errno.ENOTSUP,
+        ):  # some disks cannot, for folders
+            raise
     finally:
         os.close(handle)
 
@@ -1379,14 +1407,15 @@ def checkpoints(folder):
     return dict(sorted((int(f.name[11:]), f) for f in found))
 
 
+@functools.cache
 def trace(name):
     """(name of the base, transformer made from it or None): a checkpoint made here is a transformer, the rest is its
-    base's, also where that was a checkpoint itself. Raises Refusal."""
+    base's, also where that was a checkpoint itself. Asked once: checkpoints come and go. Raises Refusal."""
     path = [Path(name), *checkpoints(name).values()][-1]  # of a run's output folder the last checkpoint
     for checkpoint in (path, path.parent) if path.name == "transformer" else (path,):
         if (checkpoint / "manifest.json").exists():
-            base = json.loads((checkpoint / "manifest.json").read_text() or "{}").get("base")
-            refuse_if(not base, f"{checkpoint}: its manifest.json does not name a base")
+            with explained(f"{checkpoint}: its manifest.json does not name a base"):
+                base = json.loads((checkpoint / "manifest.json").read_text())["base"]
             return trace(base)[0], checkpoint / "transformer"
     return str(Path(name).absolute()) if Path(name).is_dir() else name, None
 
@@ -1641,9 +1670,9 @@ def cards_of(config):
 
 def disk_needed(config, rows, shape, steps):
     """Bytes still to be written to (output_dir, encoded_dir), as far as it is known before a row is read."""
-    c, kept = config, math.ceil(steps / config.checkpointing_steps)
-    kept = min(kept, c.checkpoints_total_limit or kept) + 1  # one is written while the others are still there
-    kept -= min(kept, len(checkpoints(c.output_dir)))
+    c, there, limit = config, checkpoints(config.output_dir), config.checkpoints_total_limit or math.inf
+    written = math.ceil((steps - max(there, default=0)) / c.checkpointing_steps)
+    kept = max(0, min(written, limit + 1 - len(there)))  # one is written while the others are still there
     size = 4 if c.upcast_before_saving or c.mixed_precision == "no" else 2
     state = kept * (size * shape.parameters + 12 * shape.trained)  # fp32 weight and Adam's moments of what trains
     state -= sum(f.stat().st_size for f in Path(c.output_dir).glob(".checkpoint-*.tmp/**/*") if f.is_file())  # will go
@@ -1656,12 +1685,14 @@ def disk_needed(config, rows, shape, steps):
 
 def check_disk(config, needs):
     """The disks take what disk_needed says. Raises Refusal."""
-    c = config
-    for flag, folder, needed in (("output_dir", c.output_dir, needs[0]), ("encoded_dir", c.encoded_dir, needs[1])):
-        folder = Path(folder).absolute()
-        free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
-        refuse_if(needed > free, f"--{flag} {folder}: {needed / 1e9:.1f} GB will be written, {free / 1e9:.1f} GB are "
-                  "free; fewer --checkpoints_total_limit need less")  # fmt: skip
+    disks = collections.Counter()
+    for flag, needed in zip(("output_dir", "encoded_dir"), needs):
+        folder = Path(getattr(config, flag)).absolute()
+        there = next(p for p in (folder, *folder.parents) if p.exists())
+        disk, free = os.stat(there).st_dev, shutil.disk_usage(there).free
+        disks[disk] += max(needed, 0)  # both may be on one
+        refuse_if(disks[disk] > free, f"--{flag} {folder}: {disks[disk] / 1e9:.1f} GB will be written, "
+                  f"{free / 1e9:.1f} GB are free; fewer --checkpoints_total_limit need less")  # fmt: skip
 
 
 def memory(config, settings, shape, world, tokens):
@@ -1670,43 +1701,48 @@ def memory(config, settings, shape, world, tokens):
     stage, image_tokens = zero.get("stage", 0), (c.resolution // PIXELS_PER_TOKEN) ** 2
     tensor = c.train_batch_size * (image_tokens + tokens) * shape.width * size  # of (B, S, D)
     kept = shape.layers + KEPT if c.gradient_checkpointing else shape.layers * KEPT
-    buckets = (1 + zero.get("overlap_comm", False)) * zero.get("reduce_bucket_size", 5e8) * size
+    buckets = (1 + bool(zero.get("overlap_comm", stage == 3))) * zero.get("reduce_bucket_size", 5e8) * size
     parts = {"weights": size * shape.parameters / (world if stage == 3 else 1),
              "gradients": 4 * shape.trained / (world if stage >= 2 else 1) + buckets,
              "optimizer": 12 * shape.trained / (world if stage >= 1 else 1),
              "activations": tensor * (kept + PASSING)}  # fmt: skip
     if zero.get("offload_optimizer", {}).get("device", "none") == "none":
         return parts, 0
-    host = parts["optimizer"] + parts["gradients"] - buckets
-    return parts | {"gradients": buckets, "optimizer": 0}, host
+    host = 18 * shape.trained / (world if stage >= 1 else 1)  # Adam's 12, gradients in fp32, weights in bf16
+    return parts | {"optimizer": 0}, host  # gradients are summed on the card all the same
 
 
 def choose_offload(config, settings, shape, cards):
-    """offload_optimizer.device "auto" in the engine's settings -> cpu where the card is too small for the optimizer.
-
-    Says why. Raises Refusal where host memory is too small for it as well."""
+    """offload_optimizer.device "auto" in the engine's settings -> cpu where a step fits on a card only so; says why."""
     zero, (world, name, capacity, _) = settings.get("zero_optimization", {}), cards
-    offload = zero.get("offload_optimizer", {})
+    offload, tokens = zero.get("offload_optimizer", {}), config.max_sequence_length
     if offload.get("device") != "auto":
         return settings
     plain = settings | {"zero_optimization": {key: v for key, v in zero.items() if key != "offload_optimizer"}}
-    parts, _ = memory(config, plain, shape, world, config.max_sequence_length)
-    needed = sum(parts.values())
-    if capacity is None or needed <= ROOM * capacity:
-        return plain
     chosen = settings | {"zero_optimization": zero | {"offload_optimizer": offload | {"device": "cpu"}}}
+    with_it, without = (sum(memory(config, way, shape, world, tokens)[0].values()) for way in (plain, chosen))
+    if capacity is None or with_it <= ROOM * capacity or zero.get("stage", 0) == 0:
+        return plain
+    if without > ROOM * capacity:
+        say(f"a card needs {without / 1e9:.0f} GB even with the optimizer in host memory, {name} has "
+            f"{capacity / 1e9:.0f}: --dry_run says what would do")  # fmt: skip
+        return plain
+    say(f"the optimizer goes to host memory: with it a card needs {with_it / 1e9:.0f} GB, {name} has "
+        f"{capacity / 1e9:.0f}; offload_optimizer.device in ds_config.json decides otherwise")  # fmt: skip
+    return chosen
+
+
+def check_offload(config, settings, shape):
+    """Every machine has the memory, and the compiler, for what is offloaded. Raises Refusal, on all ranks."""
     import psutil
 
-    here = min(world, torch.cuda.device_count() or 8)  # ranks of this machine
-    host = here * memory(config, chosen, shape, world, config.max_sequence_length)[1] / 1e9
-    there = psutil.virtual_memory().available / 1e9
-    say(
-        f"the optimizer goes to host memory ({host:.0f} GB of {there:.0f}): with it a card needs {needed / 1e9:.0f} GB "
-        f"and {name} has {capacity / 1e9:.0f}; offload_optimizer.device in ds_config.json decides otherwise"
-    )
-    refuse_if(host > there and not config.plan_for, f"{world} x {name} are too small for the optimizer, and so is host "
-              f"memory: {host:.0f} GB are needed, {there:.0f} are free; take more cards")  # fmt: skip
-    return chosen
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))  # torchrun's name, deepspeed's name
+    host = here * memory(config, settings, shape, WORLD, 0)[1]
+    there = min(gather(psutil.virtual_memory().available))
+    refuse_if(host > there, f"offload_optimizer takes {host / 1e9:.0f} GB of host memory, {there / 1e9:.0f} are free: "
+              "take more cards, or a smaller batch with \"device\": \"none\"")  # fmt: skip
+    refuse_if(host and not all(gather(bool(shutil.which("g++")))), "offload_optimizer: DeepSpeed compiles its CPU "
+              "optimizer with g++, which is not on PATH")  # fmt: skip
 
 
 def remedies(config, settings, world):
@@ -1717,7 +1753,8 @@ def remedies(config, settings, world):
     for words, engine in (("", settings), ('"offload_optimizer": {"device": "cpu"} in ds_config.json and ', offloaded)):
         for size in sizes:
             smaller = dataclasses.replace(config, gradient_checkpointing=True, train_batch_size=size)
-            yield f"{words}--gradient_checkpointing --train_batch_size {size}", smaller, engine
+            flags = f"--gradient_checkpointing --train_batch_size {size} --total_batch_size {config.total_batch_size}"
+            yield words + flags, smaller, engine
 
 
 def token_counts(config, base, rows, most=10_000):
@@ -1728,7 +1765,7 @@ def token_counts(config, base, rows, most=10_000):
     for id, value in enumerate(rows.select_columns([config.caption_column])[:most][config.caption_column]):
         with contextlib.suppress(BadRow):
             texts.append(caption_text(config, id, {config.caption_column: value}))
-    lengths = (min(len(ids), config.max_sequence_length) for ids in tokenizer(texts)["input_ids"])
+    lengths = (min(len(ids), config.max_sequence_length) for ids in (tokenizer(texts)["input_ids"] if texts else ()))
     return dict(sorted(collections.Counter(16 * math.ceil(length / 16) for length in lengths).items()))
 
 
@@ -1740,6 +1777,7 @@ def plan(config, settings, base, rows, held_out, steps, shape, cards):
     mean = sum(length * number for length, number in counts.items()) / max(1, sum(counts.values()))
     parts, host = memory(c, settings, shape, world, tokens)
     disk, cache = disk_needed(c, len(rows), shape, steps)
+    cache += 2 * json.loads((base / "text_encoder" / "config.json").read_text())["hidden_size"] * mean * len(rows)
     sequence = (c.resolution // PIXELS_PER_TOKEN) ** 2 + mean
     flops = 12 * shape.layers * shape.width * sequence * (6 * shape.width + sequence)  # a sample, both passes
     seconds = flops * c.total_batch_size / (world * peak * UTILISATION) if peak else None
@@ -1821,20 +1859,23 @@ def run(config):
     rows, shape = open_dataset(c), shape_of(transformer, c.only_target_transformer_blocks)
     held_out = min(c.probe_samples, len(rows) // 10)
     steps = count_steps(c, len(rows) - held_out)
-    settings = choose_offload(c, settings, shape, cards)
     if RANK == 0:
         batch = f"{cards[0]} ranks x batch {c.train_batch_size} x {c.gradient_accumulation_steps}"
         print(f"{len(rows)} rows, {held_out} held out; {c.resolution} px; {batch} = {c.total_batch_size} samples "
               f"a step; {steps} steps -> {c.output_dir}")  # fmt: skip
     if c.dry_run:
+        settings = choose_offload(c, settings, shape, cards)
         return plan(c, settings, base, rows, held_out, steps, shape, cards) if RANK == 0 else None
-    repository = open_repository(c) if c.push_to_hub and RANK == 0 else None
+    repository = open_repository(c) if c.push_to_hub else None  # all ranks: none waits for one that has no right to it
     base, transformer = find_base(c, c.pretrained_model_name_or_path)
     check_weights(c, base, transformer)
     check_disk(c, disk_needed(c, len(rows), shape, steps))
     c.control == "column" or load_detector(c.control)
     heed_signals()
     device = start_ranks(1.5 * c.timeout_minutes)  # longer than a step may take: a rank that hangs is reported there
+    cards = min(gather(cards), key=lambda card: card[2] or 0)  # the smallest one
+    settings = choose_offload(c, settings, shape, cards)
+    check_offload(c, settings, shape)
     check_engine(settings)
     torch.manual_seed(c.seed)
     torch.backends.cuda.matmul.allow_tf32 = c.allow_tf32

@@ -45,15 +45,17 @@ demo)
   shift
   prepare
   "$python" "$here/tests/tiny.py" "$here/demo"
-  case " $*" in
-  *" --help"* | *" -h"* | *" --dry"*) ;;           # nothing will be trained
-  *) rm -rf "$here/demo/run" ;;                    # training starts anew; the encoded data are kept
-  esac
-  "$python" -m deepspeed.launcher.runner --num_gpus="${NUM_GPUS:-1}" "$here/cv4ctrl.py" \
+  train=("$python" -m deepspeed.launcher.runner --num_gpus="${NUM_GPUS:-1}" "$here/cv4ctrl.py" \
     --pretrained_model_name_or_path "$here/tests/base" --dataset_name "$here/demo/data" --encoded_dir "$here/demo/encoded" \
     --output_dir "$here/demo/run" --resolution 64 --mixed_precision no --no_gradient_checkpointing --train_batch_size 24 \
     --max_train_steps 580 --learning_rate 1.8e-2 --adam_beta2 0.97 --lr_warmup_steps 30 --checkpointing_steps 290 \
-    --validation_steps 145 --num_inference_steps 20 --guidance_scale 1 --dataloader_num_workers 1 --log_dataset_samples "$@"
+    --validation_steps 145 --num_inference_steps 20 --guidance_scale 1 --dataloader_num_workers 1 --log_dataset_samples "$@")
+  case " $*" in
+  *" --help"* | *" -h"* | *" --dry"*) exec "${train[@]}" ;;
+  *" --output"*) echo "run.sh: the demo's output is demo/run" >&2; exit 2 ;;
+  esac
+  rm -rf "$here/demo/run" # training starts anew; the encoded data are kept
+  "${train[@]}"
   "$python" "$here/tests/progress.py" "$here/demo/run" "$here/demo/progress.png"
   exit
   ;;

@@ -106,6 +106,7 @@ def refused(capsys, monkeypatch):
 
     def run(argv, progress=False):
         capsys.readouterr()
+        cv4ctrl.trace.cache_clear()  # as in a fresh process
         with pytest.raises(SystemExit) as ended:
             cv4ctrl.main([str(word) for word in argv])
         for number, handler in handlers.items():
