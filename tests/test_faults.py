@@ -385,6 +385,25 @@ def test_a_signal_to_the_launcher(name, undisturbed, out, argv):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_kill_under_the_launcher(world, undisturbed, out, argv):
+    """SIGKILL to a rank that `deepspeed` started: nobody is left behind, and the same command ends as if nothing had been."""
+    run = out / f"killed-under-deepspeed-{world}"
+    command = [str(word) for word in [*launcher("deepspeed", world), *argv(run, train_batch_size=4 // world)]]
+    more = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    process = subprocess.Popen(command, **more)
+    until(lambda: logged(run) >= 8, [process.pid])
+    above = {p.pid for p in psutil.Process(process.pid).children(recursive=True) if "deepspeed.launcher.launch" in " ".join(p.cmdline())}
+    ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if p.ppid() in above]
+    assert len(ranks) == world
+    ranks[-1].kill()
+    assert process.wait(60) != 0 and cv4ctrl.checkpoints(run)
+    until(lambda: not subprocess.run(["pgrep", "-f", str(run)], capture_output=True).stdout, seconds=30)  # loader workers look every 5 s
+    assert subprocess.run(command, timeout=200, **more).returncode == 0
+    assert same(weights(run), weights(undisturbed[0]), None if world == 2 else 1e-5)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["torchrun", "deepspeed"])
 def test_two_machines(name, undisturbed, out, argv, tmp_path):
     """Two agents on this host encode into a shared folder, stop half-way and go on; with a folder each they are refused."""
