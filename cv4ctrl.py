@@ -281,6 +281,10 @@ def check(config):
     c, images, prompts = config, config.validation_image or [], config.validation_prompt or []
     why = f"--mixed_precision {c.mixed_precision}: fp16 and fp8 are not supported, use bf16, or no for fp32"
     refuse_if(c.mixed_precision not in ("bf16", "no"), why)
+    for name in ("output_dir", "pretrained_model_name_or_path"):
+        refuse_if(not getattr(c, name), f"--{name}: is empty")
+    refuse_if(c.seed >= 2**63, f"--seed {c.seed}: must be below 2^63")
+    refuse_if(c.timeout_minutes > 43_200, f"--timeout_minutes {c.timeout_minutes}: must be at most 43200, 30 days")
     refuse_if(c.resolution % PIXELS_PER_TOKEN, f"--resolution {c.resolution}: must be a multiple of {PIXELS_PER_TOKEN}")
     for name, most in {"proportion_empty_prompts": 1, "adam_beta1": 1 - 1e-9, "adam_beta2": 1 - 1e-9}.items():
         refuse_if(not 0 <= getattr(c, name) <= most, f"--{name} {getattr(c, name)}: must be in 0 .. 1")
@@ -349,6 +353,9 @@ def engine_settings(config):
                   f"{json.dumps(value)}: they contradict; write \"auto\" in the file")  # fmt: skip
         section[last] = value
     types, stage = settings.get("data_types", {}), settings.get("zero_optimization", {}).get("stage", 0)
+    refuse_if(stage not in (0, 1, 2, 3), f"{path.name} says zero_optimization.stage = {stage!r}: must be 0, 1, 2 or 3")
+    bucket = settings.get("zero_optimization", {}).get("reduce_bucket_size", 5e8)
+    refuse_if(not isinstance(bucket, (int, float)), f"{path.name}: reduce_bucket_size must be a number, not {bucket!r}")
     if types.get("grad_accum_dtype") == "auto":  # fp32; DeepSpeed's stage 0 knows only the model's own type
         types["grad_accum_dtype"] = "bf16" if c.mixed_precision == "bf16" and stage == 0 else "fp32"
     for key, value in walk(settings):
@@ -1257,6 +1264,9 @@ def check_engine(settings):
     """DeepSpeed's own judgement of its settings, before an hour of encoding. Raises Refusal."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
+    if "zero_optimization" in settings:  # offload_optimizer may still say "auto"
+        zero = {key: v for key, v in settings["zero_optimization"].items() if key != "offload_optimizer"}
+        settings = settings | {"zero_optimization": zero}
     try:
         DeepSpeedConfig(json.loads(json.dumps(settings)))
     except Exception as error:  # pydantic's, of which the first line says nothing, assertions, and more
@@ -1656,7 +1666,7 @@ def publish(config, checkpoint):
 
 def cards_of(config):
     """(number of cards, name, bytes of memory, peak FLOP/s), None for what is not known. Raises Refusal."""
-    if config.plan_for:
+    if config.plan_for is not None:
         number, _, name = config.plan_for.partition("x")
         known = number.isdigit() and int(number) and name in CARDS
         refuse_if(not known, f"--plan_for {config.plan_for}: must be a number, x, and one of {', '.join(CARDS)}")
@@ -1873,10 +1883,10 @@ def run(config):
     c.control == "column" or load_detector(c.control)
     heed_signals()
     device = start_ranks(1.5 * c.timeout_minutes)  # longer than a step may take: a rank that hangs is reported there
+    check_engine(settings)
     cards = min(gather(cards), key=lambda card: card[2] or 0)  # the smallest one
     settings = choose_offload(c, settings, shape, cards)
     check_offload(c, settings, shape)
-    check_engine(settings)
     torch.manual_seed(c.seed)
     torch.backends.cuda.matmul.allow_tf32 = c.allow_tf32
     found, manifest = find_checkpoint(c)
@@ -1897,6 +1907,10 @@ def run(config):
         model.enable_gradient_checkpointing()
     frame, engine = prepare(model, c.resolution, device, dtype), start_engine(c, settings, model)
     stream = Stream(c, encoded, RANK, WORLD)
+    if start >= steps:
+        say(f"{found} has {start} of {steps} steps: nothing is left to train")
+    if c.probe_samples and len(encoded.held_out) < 2:
+        say("fewer than two rows could be held out: no probe loss, no control gain; 20 rows are needed at least")
     if found:
         load_state(engine, found / "state", start - manifest["skipped"])
     together(lambda: write_run(c, settings, start, steps), RANK == 0)

@@ -54,7 +54,8 @@ demo)
   *" --help"* | *" -h"* | *" --dry"*) exec "${train[@]}" ;;
   *" --output"*) echo "run.sh: the demo's output is demo/run" >&2; exit 2 ;;
   esac
-  rm -rf "$here/demo/run" # training starts anew; the encoded data are kept
+  rm -rf "$here/demo/previous" # training starts anew; the encoded data are kept
+  [ ! -d "$here/demo/run" ] || mv "$here/demo/run" "$here/demo/previous"
   "${train[@]}"
   "$python" "$here/tests/progress.py" "$here/demo/run" "$here/demo/progress.png"
   exit

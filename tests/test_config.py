@@ -95,6 +95,8 @@ def test_scale_lr_multiplies_by_the_samples_a_step():
     (["--lr_scheduler", "zigzag"], ["lr_scheduler", "zigzag", "cosine"]),
     (["--train_batch_size", "many"], ["train_batch_size", "many"]),
     (["--train_batch_size", "0"], ["train_batch_size", "at least 1"]),
+    (["--seed", str(2**64)], ["seed", "2^63"]), (["--timeout_minutes", "1e300"], ["timeout_minutes", "30 days"]),
+    (["--output_dir", ""], ["output_dir"]), (["--pretrained_model_name_or_path="], ["pretrained_model_name_or_path"]),
     (["--learning_rate", "nan"], ["learning_rate", "finite"]),
     (["--learning_rate", "-1"], ["learning_rate"]), (["--adam_beta2", "1"], ["adam_beta2"]),
     (["--lr_scheduler", "polynomial", "--learning_rate", "1e-8"], ["polynomial", "1e-7"]),
@@ -134,6 +136,12 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(argv, words, fl
     assert all(word in line for word in words), line
     assert "secret" not in line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("zero", [{"stage": 7}, {"stage": "two"}, {"reduce_bucket_size": "many"}, {"stage": 0, "offload_optimizer": {"device": "cpu"}}])
+def test_engine_sections_that_cannot_be(zero, flags, refused, engine_file, tmp_path):
+    line = refused([*flags(tmp_path / "out"), "--deepspeed_config", engine_file(zero_optimization=zero), "--dry_run"])
+    assert list(zero)[-1] in line and not (tmp_path / "out").exists()
 
 
 def test_two_trackers_that_are_not_installed(flags, refused, tmp_path, monkeypatch):
