@@ -70,7 +70,7 @@ SHARD_BYTES = 2**30  # of a file of the optimizer's state
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, as PyTorch and DeepSpeed call them
 SPIKE = 3  # a loss so many times the usual one is logged with its rows
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-SIGNALLED = []  # when signals asked this process to stop
+SIGNALLED = {}  # when which signal first asked this process to stop
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by every launcher
 HALF = ("fp16", "float16", "half", "fp8", "float8", "float8_e4m3fn", "float8_e5m2", "amp")  # not in ds_config.json
 DETECTORS = {  # classes of controlnet_aux that need its core packages only; all but canny load weights
@@ -435,13 +435,14 @@ def say(text):
 
 
 def heed_signals():
-    """From now on a signal only asks for a stop. A second Ctrl-C, 5 s later or more, ends us at once."""
+    """From now on a signal only asks for a stop. The same one again, 5 s later or more, ends us at once."""
 
     def note(number, _):
-        if SIGNALLED and number == signal.SIGINT and time.monotonic() - SIGNALLED[0] > 5:
+        if (
+            time.monotonic() - SIGNALLED.setdefault(number, time.monotonic()) > 5
+        ):  # launchers repeat some within seconds
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        SIGNALLED.append(time.monotonic())
 
     for number in STOP_SIGNALS:
         signal.signal(number, note)
@@ -1264,8 +1265,9 @@ def check_engine(settings):
     """DeepSpeed's own judgement of its settings, before an hour of encoding. Raises Refusal."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    if "zero_optimization" in settings:  # offload_optimizer may still say "auto"
-        zero = {key: v for key, v in settings["zero_optimization"].items() if key != "offload_optimizer"}
+    zero = settings.get("zero_optimization", {})
+    if zero.get("offload_optimizer", {}).get("device") == "auto":  # choose_offload comes later
+        zero = {key: value for key, value in zero.items() if key != "offload_optimizer"}
         settings = settings | {"zero_optimization": zero}
     try:
         DeepSpeedConfig(json.loads(json.dumps(settings)))

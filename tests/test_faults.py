@@ -261,19 +261,20 @@ def test_a_signal_while_encoding_keeps_what_is_encoded(nursery, out, argv):
 
 
 @pytest.mark.long
-def test_a_second_ctrl_c_ends_at_once(nursery, out, argv):
-    run = out / "impatient"
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_second_signal_ends_at_once(name, nursery, out, argv):
+    run = out / f"impatient-{name}"
 
     def send(pids):
         until(lambda: logged(run), pids)
         os.kill(pids[1], signal.SIGSTOP)  # so that rank 0 waits for it, for 5 seconds
-        os.kill(pids[0], signal.SIGINT)
+        os.kill(pids[0], SIGNALS[name])
         time.sleep(5.5)
-        os.kill(pids[0], signal.SIGINT)
+        os.kill(pids[0], SIGNALS[name])
         os.kill(pids[1], signal.SIGCONT)
 
     codes, _ = nursery.run(argv(run, checkpointing_steps=100), 2, out / "log", send, fault="slow_steps")
-    assert codes[0] == -signal.SIGINT and not cv4ctrl.checkpoints(run)
+    assert codes[0] == -SIGNALS[name] and not cv4ctrl.checkpoints(run)
 
 
 def test_not_a_number_on_one_rank_is_skipped_by_all(nursery, out, argv):
