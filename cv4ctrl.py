@@ -1358,6 +1358,7 @@ def export(engine, folder, upcast):
                 state[name] = parameter.detach().to("cpu", torch.float32 if upcast else None, copy=True)
 
     def write():
+        """config.json and the safetensors, readable as the umask has it, on the disk."""
         engine.module.save_config(folder)
         pattern = "diffusion_pytorch_model{suffix}.safetensors"
         save_torch_state_dict(state, folder, filename_pattern=pattern, max_shard_size="10GB")

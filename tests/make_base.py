@@ -1,4 +1,4 @@
-"""Train the tiny base of the demo: python tests/make_base.py [FOLDER [transformer]], about 45 minutes on two CPU cores.
+"""Train the tiny base of the demo: python tests/make_base.py [FOLDER [transformer]], about 45 minutes on two CPU cores, the sum of its phases.
 
 The folder, tests/base by default, is laid out as CogView4-6B is. Its VAE reconstructs 64 px pictures of captioned coloured shapes
 and their outlines; its transformer draws such shapes from a caption, without any control. The text encoder is a random GLM over a

@@ -36,6 +36,21 @@ def launch(world, *jobs, timeout=400, threads=None):
     return results
 
 
+def weights(folder):
+    """Tensors of the safetensors files of a folder, by name."""
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in Path(folder).glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def same(a, b, tolerance=None):
+    """Bitwise, or to within a tolerance relative to the largest weight of each tensor."""
+    import torch
+
+    assert a and a.keys() == b.keys()
+    return all(torch.equal(a[n], b[n]) if tolerance is None else (a[n] - b[n]).abs().max() <= tolerance * b[n].abs().max() for n in a)
+
+
 # --- jobs -----------------------------------------------------------------------------------------------------------------------
 
 

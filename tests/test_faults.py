@@ -17,24 +17,14 @@ import psutil
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 import cv4ctrl
 import tiny
 from nursery import Nursery, until
+from ranks import same, weights
 
 ROOT = Path(__file__).parents[1]
 SIGNALS = {"TERM": signal.SIGTERM, "INT": signal.SIGINT, "USR1": signal.SIGUSR1}
-
-
-def weights(folder):
-    return {name: tensor for file in Path(folder).glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def same(a, b, tolerance=None):
-    """Bitwise, or to within a tolerance relative to the largest weight of each tensor."""
-    assert a and a.keys() == b.keys()
-    return all(torch.equal(a[n], b[n]) if tolerance is None else (a[n] - b[n]).abs().max() <= tolerance * b[n].abs().max() for n in a)
 
 
 def rows(folder):

@@ -7,14 +7,12 @@ from pathlib import Path
 
 import pytest
 
+import bench
 import cv4ctrl
 from ranks import launch
 
 ROOT = Path(__file__).parents[1]
-TRUE_SHAPE = dict(
-    _class_name="CogView4Transformer2DModel", patch_size=2, in_channels=16, out_channels=16, num_layers=28, attention_head_dim=128, num_attention_heads=32,
-    text_embed_dim=4096, time_embed_dim=512, condition_dim=256, sample_size=128, rope_axes_dim=[256, 256],
-)  # fmt: skip
+TRUE_SHAPE = {"_class_name": "CogView4Transformer2DModel"} | bench.COGVIEW4
 
 
 @pytest.fixture(scope="module")

@@ -14,20 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import cv4ctrl
-from ranks import launch
+from ranks import launch, same, weights
 
 ROOT = Path(__file__).parents[1]
 EPSILON = 1e-3  # Adam divides rounding noise by its own size: with this, weights differ no more than gradients do
-
-
-def weights(folder):
-    return {name: tensor for file in Path(folder).glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def same(a, b, tolerance=None):
-    """Bitwise, or to within a tolerance relative to the largest weight of each tensor."""
-    assert a.keys() == b.keys()
-    return all(torch.equal(a[n], b[n]) if tolerance is None else (a[n] - b[n]).abs().max() <= tolerance * b[n].abs().max() for n in a)
 
 
 def metrics(folder):
