@@ -39,6 +39,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,18 +240,18 @@ def parse(argv=None):
     for field in dataclasses.fields(Config):
         more = {"help": f"{field.metadata['help']} [{field.default}]", "default": argparse.SUPPRESS}
         if field.type is bool:
-            more["action"] = argparse.BooleanOptionalAction
+            off = parser.add_argument(f"--no_{field.name}", dest=field.name, action="store_false", **more)
+            off.help = "switch it off" if field.default else argparse.SUPPRESS
+            more["action"] = "store_true"
         else:
             more["type"] = next(kind for kind in (int, float, str) if kind.__name__ in str(field.type))
             more |= {"choices": field.metadata.get("choices"), "nargs": "+" if "list" in str(field.type) else None}
         parser.add_argument(f"--{field.name}", **more)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher says it, the environment too
-    words, off = [], {f"--no_{name}": f"--no-{name}" for name in Config.__dataclass_fields__}
-    for word in sys.argv[1:] if argv is None else argv:
-        head, mark, tail = word.partition("=")
-        name = head.replace("-", "_").replace("__", "--", 1) if head.startswith("--") else None
-        words.append(f"{off.get(name, name)}{mark}{tail}" if name else word)
-        refuse_if(name and name[2:] in NOT_HERE, f"{name} is not taken: {NOT_HERE.get(name and name[2:])}")
+    words = sys.argv[1:] if argv is None else argv
+    words = [re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in words]
+    for name, why in NOT_HERE.items():
+        refuse_if({word.partition("=")[0] for word in words} & {f"--{name}"}, f"--{name} is not taken: {why}")
     values = vars(parser.parse_args(words))
     values.pop("local_rank", None)
     return Config(**values)
@@ -301,6 +302,17 @@ def check(config):
     for path in images:
         with explained(f"--validation_image {path}"):
             Image.open(path).load()
+    for name in ("output_dir", "encoded_dir"):
+        path, there = Path(getattr(c, name)).absolute(), existing(getattr(c, name))
+        writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+        refuse_if(not writable, f"--{name} {path}: {there} is not a folder that can be written to")
+        refuse_if(set("[]*?") & set(str(path)), f"--{name} {path}: names with []*? are patterns to libraries")
+    check_trackers(c)
+
+
+def check_trackers(config):
+    """Those of --report_to are installed, and somebody is logged in. Raises Refusal."""
+    c = config
     for name in ("tensorboard", "wandb"):
         refuse_if(c.report_to in (name, "all") and not importlib.util.find_spec(name),
                   f"--report_to {c.report_to} needs {name}, which is not installed: pip install {name}")  # fmt: skip
@@ -309,18 +321,17 @@ def check(config):
         with contextlib.suppress(Exception):  # no network, another version: then the tracker will say so
             logged_in = importlib.import_module("wandb").login(prompt=False, verify=False)
         refuse_if(not logged_in, f"--report_to {c.report_to}: log in with `wandb login`, or set WANDB_MODE=offline")
-    for name, path in (("output_dir", Path(c.output_dir).absolute()), ("encoded_dir", Path(c.encoded_dir).absolute())):
-        there = next(p for p in (path, *path.parents) if os.path.exists(p))
-        writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
-        refuse_if(not writable, f"--{name} {path}: {there} is not a folder that can be written to")
-        refuse_if(set("[]*?") & set(str(path)), f"--{name} {path}: DeepSpeed finds no files again in names with []*?")
 
 
-def engine_settings(config):
-    """ds_config.json with every "auto" replaced by what the flags say -> dict for deepspeed.initialize.
+def existing(path):
+    """The path, or what of it is there already."""
+    path = Path(path).absolute()
+    return next(p for p in (path, *path.parents) if os.path.exists(p))
 
-    Raises Refusal for half precision, and where file and flag say different things: it names both."""
-    path, c = Path(config.deepspeed_config), config
+
+def engine_file(name):
+    """(file name, its settings, those that this file reads filled in). Raises Refusal, also for half precision."""
+    path = Path(name)
     path = path if path.exists() or path.is_absolute() else Path(__file__).parent / path
     with explained(f"--deepspeed_config {path} (a JSON file is expected)"):
         settings = json.loads(path.read_text())
@@ -332,6 +343,30 @@ def engine_settings(config):
         asked = key in [f"{name}.enabled" for name in HALF] and value is not False
         asked = asked or str(value).lower().removeprefix("torch.") in HALF
         refuse_if(asked, f"{path.name} says {key} = {value!r}: fp16 and fp8 are not supported, use bf16 or fp32")
+    zero = settings.setdefault("zero_optimization", {})
+    stage, bucket = zero.setdefault("stage", 0), zero.setdefault("reduce_bucket_size", 5e8)  # DeepSpeed's defaults
+    device = zero.setdefault("offload_optimizer", {}).setdefault("device", "none")
+    kind = settings.get("optimizer", {}).get("type", "AdamW")
+    trackers = ", ".join({*TRACKERS.values(), "comet"} & settings.keys())
+    for wrong, why in (
+        (stage not in ("auto", 0, 1, 2, 3), f"zero_optimization.stage = {stage!r}: must be 0, 1, 2 or 3"),
+        (not isinstance(bucket, (int, float)), f"reduce_bucket_size = {bucket!r}: must be a number"),
+        ("scheduler" in settings, "a scheduler, which contradicts --lr_scheduler: remove it"),
+        (kind not in ("Adam", "AdamW"), f"optimizer.type = {kind}: only Adam and AdamW are known"),
+        ("optimizer" in settings and stage == 0, "an optimizer of its own, which needs ZeRO stage 1 to 3"),
+        (device == "cpu" and stage == 0, "offload_optimizer, which needs ZeRO stage 1 to 3"),
+        ("nvme" in dict(walk(settings)).values(), "nvme, to which nothing can be offloaded here: use cpu"),
+        (trackers, f"{trackers}, but --report_to decides on trackers: remove it from the file"),
+    ):
+        refuse_if(wrong, f"{path.name} says {why}")
+    return path.name, settings
+
+
+def engine_settings(config):
+    """ds_config.json with every "auto" replaced by what the flags say -> dict for deepspeed.initialize.
+
+    Raises Refusal for half precision, and where file and flag say different things: it names both."""
+    c, (file, settings) = config, engine_file(config.deepspeed_config)
     owned = {  # key in the file: (the flag that decides it, its value)
         "train_micro_batch_size_per_gpu": ("train_batch_size", c.train_batch_size),
         "gradient_accumulation_steps": ("gradient_accumulation_steps", c.gradient_accumulation_steps),
@@ -349,29 +384,17 @@ def engine_settings(config):
             continue  # the file leaves the optimizer to us
         section = functools.reduce(lambda node, part: node.setdefault(part, {}), sections, settings)
         said = section.setdefault(last, "auto")
-        refuse_if(said not in ("auto", value), f"{path.name} says {key} = {json.dumps(said)}, --{name} makes it "
+        refuse_if(said not in ("auto", value), f"{file} says {key} = {json.dumps(said)}, --{name} makes it "
                   f"{json.dumps(value)}: they contradict; write \"auto\" in the file")  # fmt: skip
         section[last] = value
-    types, stage = settings.get("data_types", {}), settings.get("zero_optimization", {}).get("stage", 0)
-    refuse_if(stage not in (0, 1, 2, 3), f"{path.name} says zero_optimization.stage = {stage!r}: must be 0, 1, 2 or 3")
-    bucket = settings.get("zero_optimization", {}).get("reduce_bucket_size", 5e8)
-    refuse_if(not isinstance(bucket, (int, float)), f"{path.name}: reduce_bucket_size must be a number, not {bucket!r}")
+    types, stage = settings.get("data_types", {}), settings["zero_optimization"]["stage"]
     if types.get("grad_accum_dtype") == "auto":  # fp32; DeepSpeed's stage 0 knows only the model's own type
         types["grad_accum_dtype"] = "bf16" if c.mixed_precision == "bf16" and stage == 0 else "fp32"
     for key, value in walk(settings):
         refuse_if(value == "auto" and key != "zero_optimization.offload_optimizer.device",  # that is choose_offload's
-                  f"{path.name} says {key} = \"auto\", but no flag decides it: give a value")  # fmt: skip
-    refuse_if("scheduler" in settings, f"{path.name} has a scheduler, which contradicts --lr_scheduler: remove it")
-    kind = settings.get("optimizer", {}).get("type", "AdamW")
-    refuse_if(kind not in ("Adam", "AdamW"), f"{path.name} says optimizer.type = {kind}: only Adam and AdamW are known")
-    refuse_if("optimizer" in settings and stage == 0, f"{path.name}: an optimizer of its own needs ZeRO stage 1 to 3")
-    offload = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device")
-    refuse_if(offload == "cpu" and stage == 0, f"{path.name}: offload_optimizer needs ZeRO stage 1 to 3")
-    refuse_if("nvme" in dict(walk(settings)).values(), f"{path.name}: offloading to nvme is not supported, use cpu")
+                  f"{file} says {key} = \"auto\", but no flag decides it: give a value")  # fmt: skip
     checked = settings["bf16"].setdefault("check_grad_overflow", True)
-    refuse_if(not checked, f"{path.name} switches bf16.check_grad_overflow off: one NaN would end in the weights")
-    trackers = ", ".join({*TRACKERS.values(), "comet"} & settings.keys())
-    refuse_if(trackers, f"{path.name} has {trackers}, but --report_to decides on trackers: remove it from the file")
+    refuse_if(not checked, f"{file} switches bf16.check_grad_overflow off: one NaN would end in the weights")
     return settings
 
 
@@ -380,6 +403,14 @@ def walk(node, prefix=""):
     for key, value in node.items():
         yield prefix + key, value
         yield from walk(value, f"{prefix}{key}.") if isinstance(value, dict) else ()
+
+
+def offload_to(device, settings):
+    """The engine's settings with the optimizer on "cpu" or "none"."""
+    zero = settings["zero_optimization"]
+    return settings | {
+        "zero_optimization": zero | {"offload_optimizer": zero["offload_optimizer"] | {"device": device}}
+    }
 
 
 def gather(item):
@@ -411,15 +442,12 @@ def make_shared(folder):
     refuse_if(blind, f"{folder}: ranks {blind} do not see what rank 0 writes there; take a disk that all share")
 
 
-class PlainLines:
+class PlainLines(io.TextIOBase):
     """stderr as a progress bar sees it where it is no terminal: each state of the bar is a line."""
 
     def write(self, text):
         if text.strip():
-            sys.stderr.write(text.strip() + "\n")
-
-    def flush(self):
-        sys.stderr.flush()
+            print(text.strip(), file=sys.stderr, flush=True)
 
 
 def progress(jobs, title, **more):
@@ -438,9 +466,8 @@ def heed_signals():
     """From now on a signal only asks for a stop. The same one again, 5 s later or more, ends us at once."""
 
     def note(number, _):
-        if (
-            time.monotonic() - SIGNALLED.setdefault(number, time.monotonic()) > 5
-        ):  # launchers repeat some within seconds
+        first = SIGNALLED.setdefault(number, time.monotonic())
+        if time.monotonic() - first > 5:  # launchers repeat some within seconds
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
@@ -449,36 +476,38 @@ def heed_signals():
 
 
 def outlive_signals(_):
-    """For the processes that load data: they are signalled as we are, and needed until the step has ended."""
-    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))  # of whom nobody else ends
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda *_: signal.alarm(600))
+    """For the processes that load data: signalled as we are, they are needed until the step ends. Only we end them."""
 
+    def wait():
+        while signal.sigwaitinfo(STOP_SIGNALS).si_pid != os.getppid():
+            pass
+        os._exit(0)
 
-def ancestors():
-    """The processes above us; none where the system hides them, as some clusters do."""
-    import psutil
-
-    try:
-        return set(psutil.Process().parents())
-    except psutil.AccessDenied:
-        return set()
-    except psutil.NoSuchProcess:  # ended while we looked
-        return ancestors()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @functools.cache
 def launchers():
-    """Those of deepspeed or torchrun among them: not all of them pass on the signal that ends them."""
+    """deepspeed's or torchrun's processes above us, if the system shows them: not all pass on what ends them."""
+    import psutil
+
     pattern = r"(^|/)(deepspeed|torchrun)( |$)|-m (deepspeed\.launcher|torch\.distributed)"
-    words = {p: " ".join((p.as_dict(["cmdline"])["cmdline"] or [])[:5]) for p in ancestors()}
-    return {p for p in words if re.search(pattern, words[p])}
+    with contextlib.suppress(psutil.Error):
+        above = {p: p.as_dict(["cmdline"])["cmdline"] or [] for p in psutil.Process().parents()}
+        return [p for p, words in above.items() if re.search(pattern, " ".join(words[:5]))]
+    return []
 
 
 @functools.lru_cache(maxsize=1)
 def orphaned(second):
-    """Has what launched us ended, be it as a zombie? Then it is no ancestor any more. Looked up once a second."""
-    return not launchers() <= ancestors()
+    """Has what launched us ended, be it as a zombie? Looked up once a second."""
+    import psutil
+
+    try:
+        return any(p.status() == psutil.STATUS_ZOMBIE for p in launchers())
+    except psutil.NoSuchProcess:
+        return True
 
 
 def asked_to_stop():
@@ -507,12 +536,11 @@ def flush(path):
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (
-            errno.EINVAL,
-            errno.EBADF,
-            errno.EACCES,
-            errno.ENOTSUP,
-        ):  # some disks cannot, for folders
+        if error.errno in (
+            errno.EIO,
+            errno.ENOSPC,
+            errno.EDQUOT,
+        ):  # others: a disk that cannot do it, mostly for folders
             raise
     finally:
         os.close(handle)
@@ -805,7 +833,8 @@ def read_picture(config, rows, todo):
     except BadRow as error:
         return key, error
     except Exception as error:  # decoders raise whatever they like on broken files
-        return key, BadRow(f"{name}: cannot be decoded as an image: {reason(error)}")
+        why = reason(error).partition(" <_io")[0]  # an address in memory
+        return key, BadRow(f"{name}: cannot be decoded as an image: {why}")
     image = image if control == "column" else make_control(image, control, side)
     return key, VaeImageProcessor(PIXELS_PER_LATENT).preprocess(image, side, side)
 
@@ -1265,10 +1294,8 @@ def check_engine(settings):
     """DeepSpeed's own judgement of its settings, before an hour of encoding. Raises Refusal."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    zero = settings.get("zero_optimization", {})
-    if zero.get("offload_optimizer", {}).get("device") == "auto":  # choose_offload comes later
-        zero = {key: value for key, value in zero.items() if key != "offload_optimizer"}
-        settings = settings | {"zero_optimization": zero}
+    if settings["zero_optimization"]["offload_optimizer"]["device"] == "auto":  # choose_offload comes later
+        settings = offload_to("none", settings)
     try:
         DeepSpeedConfig(json.loads(json.dumps(settings)))
     except Exception as error:  # pydantic's, of which the first line says nothing, assertions, and more
@@ -1280,7 +1307,7 @@ def start_engine(config, settings, model):
     import deepspeed
 
     c, parameters = config, [p for p in model.parameters() if p.requires_grad]
-    offloaded = settings.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    offloaded = settings["zero_optimization"]["offload_optimizer"]["device"] != "none"
     make = deepspeed.ops.adam.DeepSpeedCPUAdam if offloaded else functools.partial(torch.optim.AdamW, fused=True)
     optimizer = None if "optimizer" in settings else make(parameters, lr=0.0)
     engine = deepspeed.initialize(model=model, model_parameters=parameters, optimizer=optimizer, config=settings)[0]
@@ -1433,27 +1460,37 @@ def trace(name):
     return str(Path(name).absolute()) if Path(name).is_dir() else name, None
 
 
+def candidates(config):
+    """Checkpoints that a run may go on from, oldest first. Raises Refusal."""
+    wanted, present = config.resume_from_checkpoint, list(checkpoints(config.output_dir).values())
+    refuse_if(wanted == "none" and present, f"--resume_from_checkpoint none: {config.output_dir} holds checkpoints; "
+              "choose another --output_dir or move them away")  # fmt: skip
+    if wanted in ("latest", "none"):
+        return present
+    chosen = [p for p in (Path(wanted), Path(config.output_dir, wanted)) if p.is_dir()][:1]
+    refuse_if(not chosen, f"--resume_from_checkpoint {wanted}: no such folder")
+    newer = present[-1].name if present and present[-1].absolute() != chosen[0].absolute() else None
+    refuse_if(newer, f"--resume_from_checkpoint {wanted}: {config.output_dir} holds {newer}; leave the flag out to "
+              "go on from it, or move it away")  # fmt: skip
+    return chosen
+
+
+def read_manifest(checkpoint):
+    """manifest.json of a checkpoint, {} where it is none."""
+    with contextlib.suppress(OSError, ValueError):
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        return manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) else {}
+    return {}
+
+
 def find_checkpoint(config):
     """(newest whole checkpoint, its manifest), or (None, {}) for a new run; all ranks agree. Raises Refusal.
 
     Whole: all files that its manifest lists are there as they were written, and no others."""
-    wanted, present = config.resume_from_checkpoint, gather(list(checkpoints(config.output_dir).values()))[0]
-    refuse_if(wanted == "none" and present, f"--resume_from_checkpoint none: {config.output_dir} holds checkpoints; "
-              "choose another --output_dir or move them away")  # fmt: skip
-    if wanted not in ("latest", "none"):
-        chosen = [p for p in (Path(wanted), Path(config.output_dir, wanted)) if p.is_dir()][:1]
-        refuse_if(not chosen, f"--resume_from_checkpoint {wanted}: no such folder")
-        newer = present[-1].name if present and present[-1].absolute() != chosen[0].absolute() else None
-        refuse_if(newer, f"--resume_from_checkpoint {wanted}: {config.output_dir} holds {newer}; leave the flag out to "
-                  "go on from it, or move it away")  # fmt: skip
-        present = chosen
+    present = gather(candidates(config))[0]
     for checkpoint in reversed(present):
-        found, manifest = checksums(checkpoint), {}
-        with contextlib.suppress(OSError, ValueError):
-            manifest = json.loads((checkpoint / "manifest.json").read_text())
-        manifest = gather(manifest)[0]  # of rank 0, so that all agree
-        listed = manifest.get("files") if isinstance(manifest, dict) else None
-        listed = listed if isinstance(listed, dict) else {"manifest.json": "not to be read"}
+        found, manifest = checksums(checkpoint), gather(read_manifest(checkpoint))[0]
+        listed = manifest.get("files", {"manifest.json": "not to be read"})
         if found == listed:
             return checkpoint, manifest
         wrong = sorted(name for name in found.keys() | listed.keys() if found.get(name) != listed.get(name))
@@ -1462,9 +1499,14 @@ def find_checkpoint(config):
     return None, {}
 
 
+def identity_of(config):
+    """What a run that goes on must have in common with the one that it goes on from, as far as the flags say it."""
+    return {name: getattr(config, name) for name in IDENTITY}
+
+
 def refuse_another(found, manifest, identity):
     """A checkpoint goes on where what decides the samples of a run, and how its state looks, is the same."""
-    for name, now in identity.items() if found else ():
+    for name, now in identity.items() if manifest else ():
         saved = manifest["identity"].get(name)
         said = f"--{'' if saved else 'no_'}{name}" if isinstance(saved, bool) else f"--{name} {saved}"
         way = f"give {said}" if name in IDENTITY else "restore the data"
@@ -1667,18 +1709,26 @@ def publish(config, checkpoint):
             shutil.copyfile(file, final)
 
 
+class Cards(NamedTuple):
+    """What a run is planned for; None is not known."""
+
+    number: int
+    name: str
+    capacity: int | None  # bytes of memory of a card
+    flops: float | None  # FLOP/s of a card in bf16
+
+
 def cards_of(config):
-    """(number of cards, name, bytes of memory, peak FLOP/s), None for what is not known. Raises Refusal."""
+    """Cards of --plan_for, or those that are here. Raises Refusal."""
     if config.plan_for is not None:
         number, _, name = config.plan_for.partition("x")
         known = number.isdigit() and int(number) and name in CARDS
         refuse_if(not known, f"--plan_for {config.plan_for}: must be a number, x, and one of {', '.join(CARDS)}")
-        return int(number), name, *CARDS[name]
+        return Cards(int(number), name, *CARDS[name])
     if not torch.cuda.is_available():
-        return WORLD, "CPU", None, None
+        return Cards(WORLD, "CPU", None, None)
     name, total = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
-    peaks = [peak for card, (_, peak) in CARDS.items() if card.split("-")[0] in name]
-    return WORLD, name, total, peaks[0] if peaks else None
+    return Cards(WORLD, name, total, next((flops for card, (_, flops) in CARDS.items() if card[:4] in name), None))
 
 
 def disk_needed(config, rows, shape, steps):
@@ -1700,49 +1750,51 @@ def check_disk(config, needs):
     """The disks take what disk_needed says. Raises Refusal."""
     disks = collections.Counter()
     for flag, needed in zip(("output_dir", "encoded_dir"), needs):
-        folder = Path(getattr(config, flag)).absolute()
-        there = next(p for p in (folder, *folder.parents) if p.exists())
+        there = existing(getattr(config, flag))
         disk, free = os.stat(there).st_dev, shutil.disk_usage(there).free
         disks[disk] += max(needed, 0)  # both may be on one
-        refuse_if(disks[disk] > free, f"--{flag} {folder}: {disks[disk] / 1e9:.1f} GB will be written, "
+        refuse_if(disks[disk] > free, f"--{flag} {getattr(config, flag)}: {disks[disk] / 1e9:.1f} GB will be written, "
                   f"{free / 1e9:.1f} GB are free; fewer --checkpoints_total_limit need less")  # fmt: skip
 
 
 def memory(config, settings, shape, world, tokens):
     """Bytes at the peak of a step -> ({part: bytes} of a card, bytes that offloading puts into host memory a rank)."""
-    c, zero, size = config, settings.get("zero_optimization", {}), 2 if config.mixed_precision == "bf16" else 4
-    stage, image_tokens = zero.get("stage", 0), (c.resolution // PIXELS_PER_TOKEN) ** 2
-    tensor = c.train_batch_size * (image_tokens + tokens) * shape.width * size  # of (B, S, D)
+    c, zero, size = config, settings["zero_optimization"], 2 if config.mixed_precision == "bf16" else 4
+    ranks = [world if zero["stage"] >= stage else 1 for stage in range(4)]  # that share what this stage cuts
+    sequence = (c.resolution // PIXELS_PER_TOKEN) ** 2 + tokens
+    tensor = c.train_batch_size * sequence * shape.width * size  # of (B, S, D)
     kept = shape.layers + KEPT if c.gradient_checkpointing else shape.layers * KEPT
-    buckets = (1 + bool(zero.get("overlap_comm", stage == 3))) * zero.get("reduce_bucket_size", 5e8) * size
-    parts = {"weights": size * shape.parameters / (world if stage == 3 else 1),
-             "gradients": 4 * shape.trained / (world if stage >= 2 else 1) + buckets,
-             "optimizer": 12 * shape.trained / (world if stage >= 1 else 1),
-             "activations": tensor * (kept + PASSING)}  # fmt: skip
-    if zero.get("offload_optimizer", {}).get("device", "none") == "none":
-        return parts, 0
-    host = 18 * shape.trained / (world if stage >= 1 else 1)  # Adam's 12, gradients in fp32, weights in bf16
-    return parts | {"optimizer": 0}, host  # gradients are summed on the card all the same
+    buckets = (1 + bool(zero.get("overlap_comm", zero["stage"] == 3))) * zero.get("reduce_bucket_size", 5e8) * size
+    away = zero["offload_optimizer"]["device"] != "none"  # but gradients are summed on the card all the same
+    parts = {
+        "weights": size * shape.parameters / ranks[3],
+        "gradients": 4 * shape.trained / ranks[2] + buckets,
+        "optimizer": 0 if away else 12 * shape.trained / ranks[1],
+        "activations": tensor * (kept + PASSING),
+    }
+    return parts, away * 18 * shape.trained / ranks[1]  # Adam's 12, gradients in fp32, weights in bf16
+
+
+def fits(config, settings, shape, cards, tokens):
+    """Does a step fit on a card, as far as its memory is known?"""
+    room = ROOM * (cards.capacity or math.inf)
+    return sum(memory(config, settings, shape, cards.number, tokens)[0].values()) <= room
 
 
 def choose_offload(config, settings, shape, cards):
     """offload_optimizer.device "auto" in the engine's settings -> cpu where a step fits on a card only so; says why."""
-    zero, (world, name, capacity, _) = settings.get("zero_optimization", {}), cards
-    offload, tokens = zero.get("offload_optimizer", {}), config.max_sequence_length
-    if offload.get("device") != "auto":
+    if settings["zero_optimization"]["offload_optimizer"]["device"] != "auto":
         return settings
-    plain = settings | {"zero_optimization": {key: v for key, v in zero.items() if key != "offload_optimizer"}}
-    chosen = settings | {"zero_optimization": zero | {"offload_optimizer": offload | {"device": "cpu"}}}
-    with_it, without = (sum(memory(config, way, shape, world, tokens)[0].values()) for way in (plain, chosen))
-    if capacity is None or with_it <= ROOM * capacity or zero.get("stage", 0) == 0:
-        return plain
-    if without > ROOM * capacity:
-        say(f"a card needs {without / 1e9:.0f} GB even with the optimizer in host memory, {name} has "
-            f"{capacity / 1e9:.0f}: --dry_run says what would do")  # fmt: skip
-        return plain
-    say(f"the optimizer goes to host memory: with it a card needs {with_it / 1e9:.0f} GB, {name} has "
-        f"{capacity / 1e9:.0f}; offload_optimizer.device in ds_config.json decides otherwise")  # fmt: skip
-    return chosen
+    tokens, ways = config.max_sequence_length, [offload_to(device, settings) for device in ("none", "cpu")]
+    if fits(config, ways[0], shape, cards, tokens) or settings["zero_optimization"]["stage"] == 0:
+        return ways[0]
+    needed = [sum(memory(config, way, shape, cards.number, tokens)[0].values()) / 1e9 for way in ways]
+    has = f"a step needs {needed[0]:.0f} GB a card, {needed[1]:.0f} without the optimizer, {cards.name} has "
+    has += f"{cards.capacity / 1e9:.0f}"
+    fit = fits(config, ways[1], shape, cards, tokens)
+    say(f"{has}: the optimizer goes to host memory; offload_optimizer.device in ds_config.json decides otherwise" if fit
+        else f"{has}: --dry_run says what would do")  # fmt: skip
+    return ways[fit]
 
 
 def check_offload(config, settings, shape):
@@ -1761,9 +1813,8 @@ def check_offload(config, settings, shape):
 def remedies(config, settings, world):
     """What makes a step smaller, the cheapest first, with the same samples a step -> (words, config, settings)."""
     sizes = [n for n in range(config.train_batch_size, 0, -1) if config.total_batch_size % (n * world) == 0]
-    zero = settings.get("zero_optimization", {}) | {"offload_optimizer": {"device": "cpu"}}
-    offloaded = settings | {"zero_optimization": zero}
-    for words, engine in (("", settings), ('"offload_optimizer": {"device": "cpu"} in ds_config.json and ', offloaded)):
+    away = '"offload_optimizer": {"device": "cpu"} in ds_config.json and '
+    for words, engine in (("", settings), (away, offload_to("cpu", settings))):
         for size in sizes:
             smaller = dataclasses.replace(config, gradient_checkpointing=True, train_batch_size=size)
             flags = f"--gradient_checkpointing --train_batch_size {size} --total_batch_size {config.total_batch_size}"
@@ -1782,38 +1833,38 @@ def token_counts(config, base, rows, most=10_000):
     return dict(sorted(collections.Counter(16 * math.ceil(length / 16) for length in lengths).items()))
 
 
-def plan(config, settings, base, rows, held_out, steps, shape, cards):
+def plan(config, settings, base, rows, held_out, steps, start, shape, cards):
     """Print what a run will take: the arithmetic of `memory` and `disk_needed`, and model FLOPs at UTILISATION."""
-    c, (world, name, capacity, peak) = config, cards
-    counts = token_counts(c, base, rows)
+    c, counts = config, token_counts(config, base, rows)
     tokens = max(counts, default=16)  # a step of nothing but the longest is the worst
     mean = sum(length * number for length, number in counts.items()) / max(1, sum(counts.values()))
-    parts, host = memory(c, settings, shape, world, tokens)
+    parts, host = memory(c, settings, shape, cards.number, tokens)
     disk, cache = disk_needed(c, len(rows), shape, steps)
     cache += 2 * json.loads((base / "text_encoder" / "config.json").read_text())["hidden_size"] * mean * len(rows)
     sequence = (c.resolution // PIXELS_PER_TOKEN) ** 2 + mean
     flops = 12 * shape.layers * shape.width * sequence * (6 * shape.width + sequence)  # a sample, both passes
-    seconds = flops * c.total_batch_size / (world * peak * UTILISATION) if peak else None
-    room = f" of {capacity / 1e9:.0f}, {name}" if capacity else ""
-    step_bytes, epochs = sum(parts.values()), steps * c.total_batch_size / (len(rows) - held_out)
+    room = f" of {cards.capacity / 1e9:.0f}, {cards.name}" if cards.capacity else ""
     split = " + ".join(f"{size / 1e9:.3g} GB {part}" for part, size in parts.items())
+    epochs = steps * c.total_batch_size / (len(rows) - held_out)
     lines = {
         "rows": f"{len(rows)}, {held_out} of them held out",
         "captions": ", ".join(f"{number} of {length} tokens" for length, number in counts.items()),
-        "steps": f"{steps} of {c.total_batch_size} samples, {epochs:.2f} epochs",
+        "steps": f"{steps} of {c.total_batch_size} samples, {epochs:.2f} epochs" + f"; {start} are done" * (start > 0),
         "to encode": f"at most {2 * len(rows)} pictures and {len(rows) + 1} captions, less the "
                      f"{len(read_index(c.encoded_dir))} entries that the cache holds",
-        "a card": f"{split} = {step_bytes / 1e9:.3g} GB{room}",
+        "a card": f"{split} = {sum(parts.values()) / 1e9:.3g} GB{room}",
         "a host": f"{host / 1e9:.3g} GB a rank for what is offloaded" if host else "nothing is offloaded",
         "disk": f"{max(disk, 0) / 1e9:.3g} GB in {c.output_dir}, {max(cache, 0) / 1e9:.3g} GB in {c.encoded_dir}",
-        "time": f"{seconds:.3g} s a step, {seconds * steps / 3600:.3g} hours of training, at {UTILISATION:.0%} of the "
-                f"peak of {world} x {name}" if seconds else "not known for this device; the first steps tell",
+        "time": "not known for this device; the first steps tell",
     }  # fmt: skip
+    if cards.flops:
+        seconds = flops * c.total_batch_size / (cards.number * cards.flops * UTILISATION)
+        lines["time"] = (f"{seconds:.3g} s a step, {seconds * max(0, steps - start) / 3600:.3g} hours of training, "
+                         f"at {UTILISATION:.0%} of the peak of {cards.number} x {cards.name}")  # fmt: skip
+    if not fits(c, settings, shape, cards, tokens):
+        ways = (words for words, *way in remedies(c, settings, cards.number) if fits(*way, shape, cards, tokens))
+        lines["too large"] = f"it does not fit; {next(ways, 'more cards')} would do"
     print("\n".join(f"{head:10}{text}" for head, text in lines.items()))
-    if capacity and step_bytes > ROOM * capacity:
-        fits = (words for words, *what in remedies(c, settings, world)
-                if sum(memory(*what, shape, world, tokens)[0].values()) <= ROOM * capacity)  # fmt: skip
-        print(f"{'too large':10}it does not fit; {next(fits, 'more cards')} would do")
 
 
 def open_repository(config):
@@ -1860,43 +1911,12 @@ pipe("caption", control_image=load_image("control.png"), height={c.resolution}, 
         upload_folder(repo_id=repository, folder_path=folder, allow_patterns=files)
 
 
-def run(config):
-    """From flags to trained weights."""
-    refuse_if(config.plan_for and not config.dry_run, "--plan_for is for --dry_run")
-    cards = cards_of(config)
-    c = resolve(config, cards[0])
-    check(c)
-    settings = engine_settings(c)
-    base, transformer = find_base(c, c.pretrained_model_name_or_path, ["*.json"])
-    check_base(c, base, transformer)
-    rows, shape = open_dataset(c), shape_of(transformer, c.only_target_transformer_blocks)
-    held_out = min(c.probe_samples, len(rows) // 10)
-    steps = count_steps(c, len(rows) - held_out)
-    if RANK == 0:
-        batch = f"{cards[0]} ranks x batch {c.train_batch_size} x {c.gradient_accumulation_steps}"
-        print(f"{len(rows)} rows, {held_out} held out; {c.resolution} px; {batch} = {c.total_batch_size} samples "
-              f"a step; {steps} steps -> {c.output_dir}")  # fmt: skip
-    if c.dry_run:
-        settings = choose_offload(c, settings, shape, cards)
-        return plan(c, settings, base, rows, held_out, steps, shape, cards) if RANK == 0 else None
-    repository = open_repository(c) if c.push_to_hub else None  # all ranks: none waits for one that has no right to it
-    base, transformer = find_base(c, c.pretrained_model_name_or_path)
-    check_weights(c, base, transformer)
-    check_disk(c, disk_needed(c, len(rows), shape, steps))
-    c.control == "column" or load_detector(c.control)
-    heed_signals()
-    device = start_ranks(1.5 * c.timeout_minutes)  # longer than a step may take: a rank that hangs is reported there
-    check_engine(settings)
-    cards = min(gather(cards), key=lambda card: card[2] or 0)  # the smallest one
-    settings = choose_offload(c, settings, shape, cards)
-    check_offload(c, settings, shape)
-    torch.manual_seed(c.seed)
+def fine_tune(config, settings, base, transformer, rows, device):
+    """Encode the rows, train, publish the weights -> optimizer steps. `device` is that of start_ranks."""
+    c, (found, manifest), identity = config, find_checkpoint(config), identity_of(config)
+    refuse_another(found, manifest, identity)  # before encoding
     torch.backends.cuda.matmul.allow_tf32 = c.allow_tf32
-    found, manifest = find_checkpoint(c)
-    identity = {name: getattr(c, name) for name in IDENTITY}
-    refuse_another(found, manifest, identity)
     encoded = encode(c, base, rows, device)
-    steps = count_steps(c, len(encoded.train))
     content = digest(*(part for row in encoded.train for part in row))
     identity |= {"rows": len(encoded.train), "content of the rows": content}
     refuse_another(found, manifest, identity)
@@ -1909,7 +1929,7 @@ def run(config):
     if c.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     frame, engine = prepare(model, c.resolution, device, dtype), start_engine(c, settings, model)
-    stream = Stream(c, encoded, RANK, WORLD)
+    stream, steps = Stream(c, encoded, RANK, WORLD), count_steps(c, len(encoded.train))
     if start >= steps:
         say(f"{found} has {start} of {steps} steps: nothing is left to train")
     if c.probe_samples and len(encoded.held_out) < 2:
@@ -1920,6 +1940,43 @@ def run(config):
     together(lambda: log_samples(stream, base, device), RANK == 0 and c.log_dataset_samples)
     train(engine, stream, frame, base, identity, start, steps, manifest.get("skipped", 0))
     together(lambda: publish(c, Path(c.output_dir, f"checkpoint-{steps}") if start < steps else found), RANK == 0)
+    return steps
+
+
+def run(config):
+    """From flags to trained weights."""
+    refuse_if(config.plan_for and not config.dry_run, "--plan_for is for --dry_run")
+    cards = cards_of(config)
+    c = resolve(config, cards.number)
+    check(c)
+    settings = engine_settings(c)
+    base, transformer = find_base(c, c.pretrained_model_name_or_path, ["*.json"])
+    check_base(c, base, transformer)
+    rows, shape = open_dataset(c), shape_of(transformer, c.only_target_transformer_blocks)
+    held_out = min(c.probe_samples, len(rows) // 10)
+    steps = count_steps(c, len(rows) - held_out)
+    if RANK == 0:
+        batch = f"{cards.number} ranks x batch {c.train_batch_size} x {c.gradient_accumulation_steps}"
+        print(f"{len(rows)} rows, {held_out} held out; {c.resolution} px; {batch} = {c.total_batch_size} samples "
+              f"a step; {steps} steps -> {c.output_dir}")  # fmt: skip
+    if c.dry_run:
+        newest = [None, *candidates(c)][-1]
+        manifest = read_manifest(newest) if newest else {}
+        refuse_another(newest, manifest, identity_of(c))
+        settings = choose_offload(c, settings, shape, cards)
+        start = manifest.get("step", 0)
+        return plan(c, settings, base, rows, held_out, steps, start, shape, cards) if RANK == 0 else None
+    repository = open_repository(c) if c.push_to_hub else None  # all ranks: none waits for one that has no right to it
+    base, transformer = find_base(c, c.pretrained_model_name_or_path)
+    check_weights(c, base, transformer)
+    check_disk(c, disk_needed(c, len(rows), shape, steps))
+    c.control == "column" or load_detector(c.control)
+    heed_signals()
+    device = start_ranks(1.5 * c.timeout_minutes)  # longer than a step may take: a rank that hangs is reported there
+    check_engine(settings)
+    settings = choose_offload(c, settings, shape, min(gather(cards), key=lambda card: card.capacity or 0))
+    check_offload(c, settings, shape)
+    steps = fine_tune(c, settings, base, transformer, rows, device)
     dist.barrier()
     dist.destroy_process_group()
     if RANK == 0:

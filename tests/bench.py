@@ -211,9 +211,7 @@ class Bench:
         for block in model.transformer_blocks if compile else ():
             block.compile()
         settings = cv4ctrl.engine_settings(c)
-        settings["zero_optimization"].pop("offload_optimizer", None)
-        if offload:
-            settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu" if offload else "none", "pin_memory": self.device.type == "cuda"}
         engine = cv4ctrl.start_engine(c, settings, model)
         try:
             yield engine, frame

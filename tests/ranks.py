@@ -67,9 +67,7 @@ def gradients(argv, file):
     model = cv4ctrl.load_transformer(base / "transformer", None, cv4ctrl.torch.float32, device)
     model.enable_gradient_checkpointing()
     frame = cv4ctrl.prepare(model, c.resolution, device, cv4ctrl.torch.float32)
-    settings = cv4ctrl.engine_settings(c)
-    settings["zero_optimization"].pop("offload_optimizer")
-    engine = cv4ctrl.start_engine(c, settings, model)
+    engine = cv4ctrl.start_engine(c, cv4ctrl.offload_to("none", cv4ctrl.engine_settings(c)), model)
     stream = cv4ctrl.Stream(c, encoded, cv4ctrl.RANK, cv4ctrl.WORLD)
     for turn, batch in enumerate(cv4ctrl.micro_batches(stream, 0, 1, device)):
         engine.backward(cv4ctrl.batch_loss(engine, frame, batch, c.weighting_scheme))
