@@ -49,6 +49,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -185,6 +186,8 @@ class Config:
     gradient_accumulation_steps: int = flag(1, "micro-batches a step and rank", least=1)
     total_batch_size: int | None = flag(None, "samples a step over all ranks: derives the accumulation", least=1)
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass")
+    recompute_blocks: int | None = flag(None, "transformer blocks that are recomputed; without it all", least=0)
+    compile: bool = flag(False, "compile the blocks with torch.compile: needs g++, and minutes at the start")
     max_train_steps: int | None = flag(None, "optimizer steps; wins over --num_train_epochs", least=1)
     num_train_epochs: int = flag(1, "passes over the data", least=1)
     learning_rate: float = flag(5e-5, "peak, after warm-up", least=0)
@@ -307,6 +310,7 @@ def check(config):
         writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
         refuse_if(not writable, f"--{name} {path}: {there} is not a folder that can be written to")
         refuse_if(set("[]*?") & set(str(path)), f"--{name} {path}: names with []*? are patterns to libraries")
+    refuse_if(c.compile and not shutil.which("g++"), "--compile needs g++ on PATH")
     check_trackers(c)
 
 
@@ -674,6 +678,23 @@ def choose_trainable(model, only_blocks):
         parameter.requires_grad_(trains(name, only_blocks))
 
 
+def recomputed(config, layers):
+    """Transformer blocks, of so many layers, whose activations are not kept but computed again."""
+    asked = layers if config.recompute_blocks is None else config.recompute_blocks
+    return min(asked, layers) if config.gradient_checkpointing else 0
+
+
+def recompute(model, blocks):
+    """Gradient checkpointing of so many blocks, the first ones."""
+    chosen = set(model.transformer_blocks[:blocks])
+
+    def call(block, *inputs):
+        again = block in chosen
+        return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
+
+    model.enable_gradient_checkpointing(call)
+
+
 class Shape(NamedTuple):
     """What memory and time of a widened transformer follow from."""
 
@@ -788,11 +809,15 @@ def open_dataset(config):
         empty = local and Path(name).stat().st_size == 0
         rows = [] if empty else datasets.load_dataset(**where, split="train", cache_dir=c.cache_dir)
     refuse_if(len(rows) == 0, f"data set {name}: it is empty")
-    for flag in ("image_column", "conditioning_image_column", "caption_column"):
+    for flag, kind in dict(image_column="image", conditioning_image_column="image", caption_column="list").items():
         column, needed = getattr(c, flag), c.control == "column" or flag != "conditioning_image_column"
         lacks = f"--{flag} {column}: data set {name} has no such column, but {', '.join(rows.features)}"
         refuse_if(needed and column not in rows.features, lacks)
-        if isinstance(rows.features.get(column), datasets.Image):
+        feature = rows.features.get(column)
+        found = "image" if isinstance(feature, (datasets.Image, dict)) else getattr(feature, "dtype", None) or "list"
+        wrong = needed and found not in (kind, "string", "large_string", "null")
+        refuse_if(wrong, f"--{flag} {column}: data set {name} has {found} there, a string or {kind} is expected")
+        if isinstance(feature, datasets.Image):
             rows = rows.cast_column(column, datasets.Image(decode=False))
     return rows.select(range(min(len(rows), c.max_train_samples or len(rows))))
 
@@ -1763,7 +1788,8 @@ def memory(config, settings, shape, world, tokens):
     ranks = [world if zero["stage"] >= stage else 1 for stage in range(4)]  # that share what this stage cuts
     sequence = (c.resolution // PIXELS_PER_TOKEN) ** 2 + tokens
     tensor = c.train_batch_size * sequence * shape.width * size  # of (B, S, D)
-    kept = shape.layers + KEPT if c.gradient_checkpointing else shape.layers * KEPT
+    again = recomputed(c, shape.layers)  # the first blocks: each is whole for a moment, when the others are gone
+    kept = again + max(shape.layers - again, 1) * KEPT
     buckets = (1 + bool(zero.get("overlap_comm", zero["stage"] == 3))) * zero.get("reduce_bucket_size", 5e8) * size
     away = zero["offload_optimizer"]["device"] != "none"  # but gradients are summed on the card all the same
     parts = {
@@ -1816,7 +1842,9 @@ def remedies(config, settings, world):
     away = '"offload_optimizer": {"device": "cpu"} in ds_config.json and '
     for words, engine in (("", settings), (away, offload_to("cpu", settings))):
         for size in sizes:
-            smaller = dataclasses.replace(config, gradient_checkpointing=True, train_batch_size=size)
+            smaller = dataclasses.replace(
+                config, gradient_checkpointing=True, recompute_blocks=None, train_batch_size=size
+            )
             flags = f"--gradient_checkpointing --train_batch_size {size} --total_batch_size {config.total_batch_size}"
             yield words + flags, smaller, engine
 
@@ -1835,7 +1863,7 @@ def token_counts(config, base, rows, most=10_000):
 
 def plan(config, settings, base, rows, held_out, steps, start, shape, cards):
     """Print what a run will take: the arithmetic of `memory` and `disk_needed`, and model FLOPs at UTILISATION."""
-    c, counts = config, token_counts(config, base, rows)
+    c, counts, again = config, token_counts(config, base, rows), recomputed(config, shape.layers)
     tokens = max(counts, default=16)  # a step of nothing but the longest is the worst
     mean = sum(length * number for length, number in counts.items()) / max(1, sum(counts.values()))
     parts, host = memory(c, settings, shape, cards.number, tokens)
@@ -1861,6 +1889,13 @@ def plan(config, settings, base, rows, held_out, steps, start, shape, cards):
         seconds = flops * c.total_batch_size / (cards.number * cards.flops * UTILISATION)
         lines["time"] = (f"{seconds:.3g} s a step, {seconds * max(0, steps - start) / 3600:.3g} hours of training, "
                          f"at {UTILISATION:.0%} of the peak of {cards.number} x {cards.name}")  # fmt: skip
+    fewer = (
+        n for n in range(again) if fits(dataclasses.replace(c, recompute_blocks=n), settings, shape, cards, tokens)
+    )
+    if cards.capacity and (enough := next(fewer, again)) < again:
+        lines["faster"] = (
+            f"--recompute_blocks {enough} fits as well: {again - enough} blocks are not computed twice then"
+        )
     if not fits(c, settings, shape, cards, tokens):
         ways = (words for words, *way in remedies(c, settings, cards.number) if fits(*way, shape, cards, tokens))
         lines["too large"] = f"it does not fit; {next(ways, 'more cards')} would do"
@@ -1926,8 +1961,9 @@ def fine_tune(config, settings, base, transformer, rows, device):
     transformer, variant = (found / "transformer", None) if found else (transformer, c.variant)
     model = load_transformer(transformer, variant, dtype, device)
     choose_trainable(model, c.only_target_transformer_blocks)
-    if c.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+    recompute(model, recomputed(c, len(model.transformer_blocks)))
+    for block in model.transformer_blocks if c.compile else ():
+        block.compile()  # in place: names of weights stay
     frame, engine = prepare(model, c.resolution, device, dtype), start_engine(c, settings, model)
     stream, steps = Stream(c, encoded, RANK, WORLD), count_steps(c, len(encoded.train))
     if start >= steps:

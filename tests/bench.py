@@ -33,7 +33,6 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
@@ -184,7 +183,7 @@ class Bench:
         return c
 
     def model(self, recompute):
-        """(transformer, Frame), as the trainer has them; recompute: all, some - every other block - or none."""
+        """(transformer, Frame), as the trainer has them; recompute: all blocks, some - half of them - or none."""
         from diffusers import CogView4Transformer2DModel
 
         if self.full:
@@ -192,13 +191,8 @@ class Bench:
             model = on_device(CogView4Transformer2DModel, shape, self.dtype, self.device)
         else:
             model = cv4ctrl.load_transformer(self.base / "transformer", None, self.dtype, self.device)
-        chosen = set(model.transformer_blocks[::2])
-
-        def every_other(block, *inputs):
-            return checkpoint(block, *inputs, use_reentrant=False) if block in chosen else block(*inputs)
-
-        if recompute != "none":
-            model.enable_gradient_checkpointing(every_other if recompute == "some" else None)
+        layers = len(model.transformer_blocks)
+        cv4ctrl.recompute(model, {"all": layers, "some": layers // 2, "none": 0}[recompute])
         return model, cv4ctrl.prepare(model, self.options.resolution, self.device, self.dtype)
 
     @contextlib.contextmanager
@@ -223,7 +217,8 @@ class Bench:
 
     def stream(self, c, lengths):
         """The trainer's stream over a cache of 64 random rows, whose captions have these numbers of tokens in turn."""
-        folder, side = self.folder / f"cache-{'-'.join(map(str, lengths))}", c.resolution // cv4ctrl.PIXELS_PER_LATENT
+        side = c.resolution // cv4ctrl.PIXELS_PER_LATENT
+        folder = self.folder / f"cache-{side}-{'-'.join(map(str, lengths))}"
 
         def entries():
             for n in range(64):
@@ -412,6 +407,37 @@ def section_variants(bench):
                     yield {"variant": name} | bench.speed(c, engine.module, seconds[bench.options.warm_up :]) | {"first step s": first}
         except Exception as error:  # out of memory, no compiler: each library has classes of its own
             yield {"variant": name, "failed": cv4ctrl.reason(error)[:150]}
+
+
+def fit(points):
+    """[(FLOP, seconds)] -> (fixed seconds, seconds a FLOP) of seconds = fixed + FLOP x slope, with the smallest relative errors."""
+    rows = torch.tensor([[1 / seconds, flops / seconds] for flops, seconds in points], dtype=torch.float64)
+    scale = rows.amax(0)
+    return (torch.linalg.lstsq(rows / scale, torch.ones(len(rows), 1, dtype=torch.float64)).solution[:, 0] / scale).tolist()
+
+
+def section_growth(bench):
+    """a step by batch and resolution; model: fixed + FLOP / rate, for each row fitted to all the others"""
+    o, found = bench.options, []
+    sizes = [(n, o.resolution) for n in (1, 2, 4, 8, 16)] + [(o.batch, int(o.resolution * f) // 16 * 16) for f in (0.5, 1.5, 2)]
+    with bench.engine(bench.config()) as (engine, _):
+        for batch, side in sizes:
+            c, frame = bench.config(train_batch_size=batch, resolution=side), cv4ctrl.prepare(engine.module, side, bench.device, bench.dtype)
+            try:
+                with contextlib.closing(cv4ctrl.micro_batches(bench.stream(c, [o.tokens]), 0, bench.turns, bench.device)) as batches:
+                    seconds = [timed_step(engine, frame, batches, c) for _ in range(bench.turns)][o.warm_up :]
+            except torch.OutOfMemoryError as error:
+                yield {"batch": batch, "px": side, "failed": cv4ctrl.reason(error)[:150]}
+                continue
+            tokens = (side // cv4ctrl.PIXELS_PER_TOKEN) ** 2 + o.tokens
+            found.append(({"batch": batch, "px": side, "S": tokens}, batch * sample_flops(engine.module, tokens), spread(seconds)))
+    for n, (row, flops, seconds) in enumerate(found):
+        fixed, slope = fit([(f, s.median) for m, (_, f, s) in enumerate(found) if m != n])
+        model = fixed + slope * flops
+        measured = Spread(*(1e3 * s for s in seconds))
+        yield row | {"TFLOP": flops / 1e12, "ms": measured, "model ms": 1e3 * model, "error %": 100 * (1e3 * model / measured.median - 1)}
+    fixed, slope = fit([(f, s.median) for _, f, s in found])
+    yield {"fixed ms, of all rows": 1e3 * fixed, "TFLOP/s, of all rows": 1e-12 / slope}
 
 
 def section_mixed(bench):

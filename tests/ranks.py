@@ -36,6 +36,17 @@ def launch(world, *jobs, timeout=400, threads=None):
     return results
 
 
+def rows(folder):
+    """Rows of training in metrics.jsonl."""
+    return [row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
+
+
+def logged(folder):
+    """Lines of metrics.jsonl so far."""
+    file = folder / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
 def weights(folder):
     """Tensors of the safetensors files of a folder, by name."""
     from safetensors.torch import load_file
@@ -65,7 +76,7 @@ def gradients(argv, file):
     device, base = cv4ctrl.start_ranks(), Path(c.pretrained_model_name_or_path)
     encoded = cv4ctrl.encode(c, base, cv4ctrl.open_dataset(c), device)
     model = cv4ctrl.load_transformer(base / "transformer", None, cv4ctrl.torch.float32, device)
-    model.enable_gradient_checkpointing()
+    cv4ctrl.recompute(model, cv4ctrl.recomputed(c, len(model.transformer_blocks)))
     frame = cv4ctrl.prepare(model, c.resolution, device, cv4ctrl.torch.float32)
     engine = cv4ctrl.start_engine(c, cv4ctrl.offload_to("none", cv4ctrl.engine_settings(c)), model)
     stream = cv4ctrl.Stream(c, encoded, cv4ctrl.RANK, cv4ctrl.WORLD)

@@ -77,7 +77,16 @@ def test_recompute_runs_blocks_again(which, device, tmp_path):
     for n, block in enumerate(model.transformer_blocks):
         block.register_forward_pre_hook(lambda *_, n=n: calls.append(n))
     cv4ctrl.batch_loss(model, frame, b.stream(c, [16])[0], "none").backward()
-    assert [calls.count(n) for n in range(4)] == {"all": [2, 2, 2, 2], "some": [2, 1, 2, 1], "none": [1, 1, 1, 1]}[which]
+    assert [calls.count(n) for n in range(4)] == {"all": [2, 2, 2, 2], "some": [2, 2, 1, 1], "none": [1, 1, 1, 1]}[which]
+
+
+def test_growth_with_batch_and_resolution(measure):
+    """The model gives back the constants of times that follow it."""
+    fixed, slope = bench.fit([(f, 0.02 + f / 3e9) for f in (1e6, 1e8, 1e9)])
+    assert fixed == pytest.approx(0.02) and slope == pytest.approx(1 / 3e9)
+    *rows, constants = measure("growth")[0]["growth"]
+    assert [(row["batch"], row["px"], row["S"]) for row in rows[-3:]] == [(4, 32, 20), (4, 96, 52), (4, 128, 80)]
+    assert all(row["TFLOP"] > 0 and row["model ms"] > 0 for row in rows) and len(rows) == 8 and constants["fixed ms, of all rows"] > 0
 
 
 def test_encoding_and_reading_the_cache(measure):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,7 @@ def test_scale_lr_multiplies_by_the_samples_a_step():
     (["--image_column", "photo"], ["image_column photo", "conditioning_image, text"]),
     (["--caption_column", "prompt"], ["caption_column prompt"]),
     (["--conditioning_image_column", "pose"], ["conditioning_image_column pose"]),
+    (["--caption_column", "image"], ["caption_column image", "string"]),
     (["--validation_image", "/nowhere.png", "--validation_prompt", "a"], ["/nowhere.png"]),
     (["--validation_image", str(ROOT / "README.md"), "--validation_prompt", "a"], ["README.md", "image"]),
     (["--validation_prompt", "a"], ["validation_image", "both"]),
@@ -242,10 +244,24 @@ def test_dry_run_prints_the_plan_and_writes_nothing(flags, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_dry_run_sees_what_it_would_go_on_from(flags, refused, tmp_path, capsys):
+    checkpoint = tmp_path / "out" / "checkpoint-7"
+    checkpoint.mkdir(parents=True)
+    c = cv4ctrl.resolve(cv4ctrl.parse(flags(tmp_path / "out")), 1)
+    (checkpoint / "manifest.json").write_text(json.dumps({"step": 7, "files": {}, "identity": cv4ctrl.identity_of(c)}))
+    cv4ctrl.main([*flags(tmp_path / "out", max_train_steps=9), "--dry_run"])
+    assert "9 of 4 samples, 0.82 epochs; 7 are done" in capsys.readouterr().out
+    assert "made with seed = 0" in refused([*flags(tmp_path / "out", seed=1), "--dry_run"])
+    assert "holds checkpoints" in refused([*flags(tmp_path / "out", resume_from_checkpoint="none"), "--dry_run"])
+
+
+def test_compiling_needs_a_compiler(flags, refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(cv4ctrl.shutil, "which", lambda name: None)
+    assert "--compile" in refused(flags(tmp_path / "out", compile=True)) and not (tmp_path / "out").exists()
+
+
 def test_commands_of_the_readme_are_understood():
     """Those that need a GPU, as far as their flags go; run.sh passes its own on to the same parser."""
-    import shlex
-
     lines = [line.split("#")[0] for line in (ROOT / "README.md").read_text().splitlines()]
     recipe = (ROOT / "run.sh").read_text().split('"${launch[@]}"')[1].replace("\\\n", " ").replace('"$@"', "").strip()
     commands = [line.split("cv4ctrl.py", 1)[1] for line in lines if line.startswith(("deepspeed ", "torchrun ", "python cv4ctrl.py"))]
@@ -256,6 +272,27 @@ def test_commands_of_the_readme_are_understood():
             c = cv4ctrl.resolve(cv4ctrl.parse(shlex.split(command)), 8)
             cv4ctrl.check(c)
             assert cv4ctrl.engine_settings(c)["train_batch_size"] == c.total_batch_size in (64, 128)
+
+
+@pytest.mark.parametrize("command", [
+    "NUM_GPUS=1 bash run.sh", *(pytest.param(command, marks=pytest.mark.long) for command in (
+        "deepspeed --num_gpus=2 cv4ctrl.py", "torchrun --nproc_per_node=2 cv4ctrl.py", "python cv4ctrl.py"))
+])  # fmt: skip
+def test_every_way_to_start_it_gets_to_the_plan(command, flags, tmp_path):
+    """The README's commands with the real launchers, as far as --dry_run."""
+    words = flags(tmp_path / "out", train_batch_size=4, total_batch_size=8, encoded_dir=None)
+    mine = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    env = {name: value for name, value in os.environ.items() if name not in mine}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    line = f"{command} {shlex.join(map(str, words))} --dry_run"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("2 of 8 samples") == 1, done.stdout + done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_recipe_needs_a_gpu():
+    done = subprocess.run(["bash", "run.sh"], cwd=ROOT, capture_output=True, text=True)
+    assert torch.cuda.is_available() or (done.returncode == 2 and "bash run.sh demo" in done.stderr and not done.stdout)
 
 
 def test_files_that_the_readme_names_are_there():

@@ -74,7 +74,7 @@ def resumed(out, flags, alone):
 def pair(out, flags, zero, shipped, alone):
     """Two ranks: the same samples as one rank; gradients; all ZeRO stages in bf16."""
     common = dict(checkpointing_steps=3, validation_steps=2, proportion_empty_prompts=0.2, train_batch_size=2, dataloader_num_workers=1, adam_epsilon=EPSILON)
-    accumulated = flags(out / "gradients", train_batch_size=2, gradient_accumulation_steps=2, proportion_empty_prompts=0.2)
+    accumulated = flags(out / "gradients", train_batch_size=2, gradient_accumulation_steps=2, proportion_empty_prompts=0.2, recompute_blocks=1)
     stages = [
         flags(out / f"stage{stage}", deepspeed_config=zero(stage), mixed_precision="bf16", train_batch_size=2, num_validation_images=1,
               num_inference_steps=2, validation_steps=2, adam_epsilon=EPSILON, learning_rate=1e-2)
@@ -148,7 +148,7 @@ def test_one_rank_and_two_end_in_the_same_weights(alone, pair, out):
 
 
 def test_gradients_of_the_engine_equal_plain_autograd(pair, out, config, encoded, base):
-    """ZeRO-2, 2 ranks, accumulation 2, gradient checkpointing, against one process, one batch, no recomputation."""
+    """ZeRO-2, 2 ranks, accumulation 2, one of two blocks recomputed, against one process, one batch, no recomputation."""
     c = config(train_batch_size=8, proportion_empty_prompts=0.2)
     model = cv4ctrl.load_transformer(base / "transformer", None, torch.float32, torch.device("cpu"))
     frame = cv4ctrl.prepare(model, 64, torch.device("cpu"), torch.float32)
@@ -342,6 +342,16 @@ def test_torchrun_and_the_recipes_flags(out, flags):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert "2 ranks" in done.stdout and "done: pictures in" in done.stdout and (out / "torchrun" / "checkpoint-1").is_dir()
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++")
+def test_compiled_blocks_train_the_same_weights(out, flags):
+    """Captions of several lengths, recomputation and evaluation; the export has the usual names."""
+    common = dict(max_train_steps=6, validation_steps=3, num_validation_images=1, num_inference_steps=2, proportion_empty_prompts=0.2, adam_epsilon=EPSILON)
+    launch(1, flags(out / "eager", **common), flags(out / "compiled", **common, compile=True, recompute_blocks=1))
+    assert same(weights(out / "compiled"), weights(out / "eager"), 1e-5)
+    assert not same(weights(out / "compiled"), weights(out / "eager"))  # it was compiled
 
 
 def test_deepspeed_launcher_passes_the_refusal_on(out, flags):
