@@ -11,8 +11,9 @@ The model is told the unshifted t while the latent carries the shifted sigma s, 
     python cv4ctrl.py --help                        every flag
     deepspeed --num_gpus=8 cv4ctrl.py [flags]       train; the same command again continues
 
-Rooms, top to bottom, each knows only those above it: 1 constants, 2 configuration, 3 flow matching, 4 control surgery,
-5 forward pass, 6 encode once, 7 sample stream, 8 evaluation, 9 engine and checkpoints, 10 the loop, 11 main.
+Rooms, top to bottom, each knows only those above it: 1 constants, 2 configuration and what every room uses, 3 flow
+matching, 4 control surgery, 5 forward pass, 6 encode once, 7 sample stream, 8 evaluation, 9 engine and checkpoints,
+10 the loop, 11 main with the plan. A sample goes through encode, Stream, batch_loss, predict and flow_loss.
 Heavy libraries are imported where they are used: a mistyped flag is answered at once.
 """
 
@@ -23,6 +24,7 @@ import dataclasses
 import datetime
 import errno
 import faulthandler
+import fcntl
 import functools
 import gc
 import hashlib
@@ -417,6 +419,9 @@ def offload_to(device, settings):
     }
 
 
+# --- what every room uses: ranks that agree, words and signals, files
+
+
 def gather(item):
     """`item` of every rank, in the order of ranks, on every rank."""
     items = [None] * WORLD
@@ -444,6 +449,19 @@ def make_shared(folder):
     blind = [rank for rank, seen in enumerate(gather(token.exists())) if not seen]
     together(token.unlink, RANK == 0)
     refuse_if(blind, f"{folder}: ranks {blind} do not see what rank 0 writes there; take a disk that all share")
+
+
+def occupy(folder):
+    """Lock FOLDER/.lock -> the file, for rank 0 to keep open. What it forks does not hold the lock. Raises Refusal."""
+    file, taken = open(Path(folder, ".lock"), "a") if RANK == 0 else None, False
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB) if file else None
+    except (BlockingIOError, PermissionError):  # other errors: a disk without locks
+        taken = True
+    except OSError:
+        pass
+    refuse_if(any(gather(taken)), f"--output_dir {folder}: another run is at work there")
+    return file
 
 
 class PlainLines(io.TextIOBase):
@@ -695,25 +713,6 @@ def recompute(model, blocks):
     model.enable_gradient_checkpointing(call)
 
 
-class Shape(NamedTuple):
-    """What memory and time of a widened transformer follow from."""
-
-    parameters: int
-    trained: int
-    layers: int
-    width: int
-
-
-def shape_of(folder, only_blocks):
-    """Shape of the transformer that load_transformer would load, from its config.json alone."""
-    config = json.loads(Path(folder, "config.json").read_text())
-    state, config = widen(meta_model(config).state_dict(), config)
-    sizes = {name: tensor.numel() for name, tensor in state.items()}
-    trained = sum(size for name, size in sizes.items() if trains(name, only_blocks))
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    return Shape(sum(sizes.values()), trained, config["num_layers"], width)
-
-
 # === 5. the forward pass ==============================================================================================
 
 
@@ -924,13 +923,13 @@ class Encoded(NamedTuple):
     empty: str  # key of the embedding of ""
     scaling: float  # of the VAE's latents, 1 for CogView4-6B; the pipeline uses no shift
 
-    def embedding(self, key):
-        """(T, 4096) bf16."""
+    def entry(self, key):
+        """A caption's embedding (T, 4096), or a picture's posterior moments (32, h, w), bf16."""
         return open_shard(self.index[key][0]).get_tensor(key)
 
     def latent(self, key, eps=None):
         """A draw from a picture's posterior, its mean without eps; (16, h, w) fp32."""
-        mean, log_variance = self.embedding(key).float().chunk(2)
+        mean, log_variance = self.entry(key).float().chunk(2)
         return self.scaling * (mean if eps is None else mean + (0.5 * log_variance.clamp(-30, 20)).exp() * eps)
 
 
@@ -1133,7 +1132,7 @@ class Stream(Dataset):
         noise, eps, control_eps = torch.randn(3, LATENT_CHANNELS, side, side, generator=generator)
         latent, control = self.encoded.latent(row.image, eps), self.encoded.latent(row.control, control_eps)
         return dict(row=row.id, latent=latent, control=control, noise=noise, timestep=timestep,
-                    prompt_embeds=self.encoded.embedding(caption))  # fmt: skip
+                    prompt_embeds=self.encoded.entry(caption))  # fmt: skip
 
     def __getitem__(self, n):
         step, turn = divmod(n, self.config.gradient_accumulation_steps)
@@ -1242,7 +1241,7 @@ def validate(model, frame, stream, base, step):
         """Latent of (case, number of the picture), (16, h, w)."""
         case, side = cases[job[0]], c.resolution // PIXELS_PER_LATENT
         noise = torch.randn(1, LATENT_CHANNELS, side, side, generator=draw(c.seed, "validation", *job))
-        texts = (encoded.embedding(key)[None] for key in (case.caption, encoded.empty))
+        texts = (encoded.entry(key)[None] for key in (case.caption, encoded.empty))
         inputs = [tensor.to(device) for tensor in (noise, encoded.latent(case.control)[None], *texts)]
         return euler_sample(model, frame, *inputs, c.num_inference_steps, c.guidance_scale)[0].float().cpu()
 
@@ -1532,7 +1531,7 @@ def identity_of(config):
 def refuse_another(found, manifest, identity):
     """A checkpoint goes on where what decides the samples of a run, and how its state looks, is the same."""
     for name, now in identity.items() if manifest else ():
-        saved = manifest["identity"].get(name)
+        saved = manifest.get("identity", {}).get(name)
         said = f"--{'' if saved else 'no_'}{name}" if isinstance(saved, bool) else f"--{name} {saved}"
         way = f"give {said}" if name in IDENTITY else "restore the data"
         refuse_if(saved != now, f"{found} was made with {name} = {saved}, now it is {now}: the run would not go on as "
@@ -1709,29 +1708,7 @@ def check_weights(config, base, transformer):
         refuse_if(not files or missing, f"base: no safetensors in {folder}{f' for {missing}' if missing else ''}")
 
 
-def write_run(config, settings, start, steps):
-    """run.json: what ran, with what, on what."""
-    from importlib.metadata import version
-
-    # an empty string where this file is in no repository, or git not there
-    commit = subprocess.getoutput(f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD 2>/dev/null")
-    packages = {name: version(name) for name in ("torch", "deepspeed", "diffusers", "transformers")}
-    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    run = {"command": sys.argv, "start_step": start, "steps": steps, "config": dataclasses.asdict(config),
-           "deepspeed": settings, "ranks": WORLD, "hardware": hardware, "commit": commit,
-           "versions": packages | {"python": platform.python_version()}}  # fmt: skip
-    write_aside(Path(config.output_dir, "run.json"), lambda path: path.write_text(json.dumps(run, indent=1)))
-
-
-def publish(config, checkpoint):
-    """The last checkpoint's weights as config.json + safetensors in output_dir: hard links, or copies."""
-    for file in (checkpoint / "transformer").iterdir():
-        final = Path(config.output_dir, file.name)
-        final.unlink(missing_ok=True)
-        try:
-            os.link(file, final)
-        except OSError:
-            shutil.copyfile(file, final)
+# --- the plan: what a run will take of cards, disks and time, by arithmetic
 
 
 class Cards(NamedTuple):
@@ -1741,6 +1718,25 @@ class Cards(NamedTuple):
     name: str
     capacity: int | None  # bytes of memory of a card
     flops: float | None  # FLOP/s of a card in bf16
+
+
+class Shape(NamedTuple):
+    """What memory and time of a widened transformer follow from."""
+
+    parameters: int
+    trained: int
+    layers: int
+    width: int
+
+
+def shape_of(folder, only_blocks):
+    """Shape of the transformer that load_transformer would load, from its config.json alone."""
+    config = json.loads(Path(folder, "config.json").read_text())
+    state, config = widen(meta_model(config).state_dict(), config)
+    sizes = {name: tensor.numel() for name, tensor in state.items()}
+    trained = sum(size for name, size in sizes.items() if trains(name, only_blocks))
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    return Shape(sum(sizes.values()), trained, config["num_layers"], width)
 
 
 def cards_of(config):
@@ -1902,6 +1898,34 @@ def plan(config, settings, base, rows, held_out, steps, start, shape, cards):
     print("\n".join(f"{head:10}{text}" for head, text in lines.items()))
 
 
+# --- what a run leaves besides its checkpoints
+
+
+def write_run(config, settings, start, steps):
+    """run.json: what ran, with what, on what."""
+    from importlib.metadata import version
+
+    # an empty string where this file is in no repository, or git not there
+    commit = subprocess.getoutput(f"git -C {shlex.quote(str(Path(__file__).parent))} rev-parse HEAD 2>/dev/null")
+    packages = {name: version(name) for name in ("torch", "deepspeed", "diffusers", "transformers")}
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    run = {"command": sys.argv, "start_step": start, "steps": steps, "config": dataclasses.asdict(config),
+           "deepspeed": settings, "ranks": WORLD, "hardware": hardware, "commit": commit,
+           "versions": packages | {"python": platform.python_version()}}  # fmt: skip
+    write_aside(Path(config.output_dir, "run.json"), lambda path: path.write_text(json.dumps(run, indent=1)))
+
+
+def publish(config, checkpoint):
+    """The last checkpoint's weights as config.json + safetensors in output_dir: hard links, or copies."""
+    for file in (checkpoint / "transformer").iterdir():
+        final = Path(config.output_dir, file.name)
+        final.unlink(missing_ok=True)
+        try:
+            os.link(file, final)
+        except OSError:
+            shutil.copyfile(file, final)
+
+
 def open_repository(config):
     """Id of the repository for --push_to_hub, made at the start: no run ends without it. Raises Refusal."""
     from huggingface_hub import create_repo
@@ -1946,18 +1970,30 @@ pipe("caption", control_image=load_image("control.png"), height={c.resolution}, 
         upload_folder(repo_id=repository, folder_path=folder, allow_patterns=files)
 
 
+# --- the run
+
+
+def count_steps(config, rows):
+    """Optimizer steps of a run over `rows` rows. Raises Refusal where they do not fill one global batch."""
+    total = config.total_batch_size
+    refuse_if(rows < total, f"{rows} rows to train on are fewer than one global batch of {total}")
+    return config.max_train_steps or math.ceil(config.num_train_epochs * rows / total)
+
+
 def fine_tune(config, settings, base, transformer, rows, device):
     """Encode the rows, train, publish the weights -> optimizer steps. `device` is that of start_ranks."""
     c, (found, manifest), identity = config, find_checkpoint(config), identity_of(config)
     refuse_another(found, manifest, identity)  # before encoding
     torch.backends.cuda.matmul.allow_tf32 = c.allow_tf32
     encoded = encode(c, base, rows, device)
+    steps, start = count_steps(c, len(encoded.train)), manifest.get("step", 0)
     content = digest(*(part for row in encoded.train for part in row))
     identity |= {"rows": len(encoded.train), "content of the rows": content}
     refuse_another(found, manifest, identity)
     make_shared(c.output_dir)
+    lock = occupy(c.output_dir)
 
-    dtype, start = torch.bfloat16 if c.mixed_precision == "bf16" else torch.float32, manifest.get("step", 0)
+    dtype = torch.bfloat16 if c.mixed_precision == "bf16" else torch.float32
     transformer, variant = (found / "transformer", None) if found else (transformer, c.variant)
     model = load_transformer(transformer, variant, dtype, device)
     choose_trainable(model, c.only_target_transformer_blocks)
@@ -1965,7 +2001,7 @@ def fine_tune(config, settings, base, transformer, rows, device):
     for block in model.transformer_blocks if c.compile else ():
         block.compile()  # in place: names of weights stay
     frame, engine = prepare(model, c.resolution, device, dtype), start_engine(c, settings, model)
-    stream, steps = Stream(c, encoded, RANK, WORLD), count_steps(c, len(encoded.train))
+    stream = Stream(c, encoded, RANK, WORLD)
     if start >= steps:
         say(f"{found} has {start} of {steps} steps: nothing is left to train")
     if c.probe_samples and len(encoded.held_out) < 2:
@@ -1976,6 +2012,7 @@ def fine_tune(config, settings, base, transformer, rows, device):
     together(lambda: log_samples(stream, base, device), RANK == 0 and c.log_dataset_samples)
     train(engine, stream, frame, base, identity, start, steps, manifest.get("skipped", 0))
     together(lambda: publish(c, Path(c.output_dir, f"checkpoint-{steps}") if start < steps else found), RANK == 0)
+    lock and lock.close()
     return steps
 
 
@@ -2019,13 +2056,6 @@ def run(config):
         push(c, repository, steps) if repository else None
         print(f"done: pictures in {Path(c.output_dir, 'validation')}, weights in {c.output_dir}; "
               f'CogView4Transformer2DModel.from_pretrained("{c.output_dir}") loads them')  # fmt: skip
-
-
-def count_steps(config, rows):
-    """Optimizer steps of a run over `rows` rows. Raises Refusal where they do not fill one global batch."""
-    total = config.total_batch_size
-    refuse_if(rows < total, f"{rows} rows to train on are fewer than one global batch of {total}")
-    return config.max_train_steps or math.ceil(config.num_train_epochs * rows / total)
 
 
 def main(argv=None):

@@ -295,6 +295,15 @@ def test_the_recipe_needs_a_gpu():
     assert torch.cuda.is_available() or (done.returncode == 2 and "bash run.sh demo" in done.stderr and not done.stdout)
 
 
+def test_the_tests_that_the_readme_names_are_there():
+    """Each row of its table of faults, and the other -k of its commands."""
+    text, tests = (ROOT / "README.md").read_text(), "".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+    faults = text.split("| what happens |")[1].split("\n\n")[0].splitlines()[2:]
+    names = [name for row in faults for name in row.rsplit("|", 2)[1].strip(" `").split(" or ")] + re.findall(r"test .*?-k (\w+)", text)
+    assert len(faults) > 12 and len(names) > 15
+    assert not [name for name in names if name != "NAME" and not re.search(rf"def test_\w*{name}", tests)]
+
+
 def test_files_that_the_readme_names_are_there():
     text = (ROOT / "README.md").read_text()
     named = set(re.findall(r"tests/[\w/.-]*\w|cv4ctrl\.py|ds_config\.json|\.ruff\.toml|\.ci/run|run\.sh|requirements\.txt", text))

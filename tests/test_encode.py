@@ -61,8 +61,8 @@ def test_a_variant_of_the_weights_serves_all_parts(run, base, tmp_path):
     rows = tiny.make_rows(8)
     encoded, expected = (run(rows, cache=name, base=folder, variant="bf16")[0] for name, folder in (("a", variant), ("b", base)))
     for row, other in zip(encoded.train, expected.train):
-        assert torch.equal(encoded.embedding(row.image), expected.embedding(other.image))
-        assert torch.equal(encoded.embedding(row.caption), expected.embedding(other.caption))
+        assert torch.equal(encoded.entry(row.image), expected.entry(other.image))
+        assert torch.equal(encoded.entry(row.caption), expected.entry(other.caption))
 
 
 def test_embeddings_are_the_pipelines_alone_bitwise(run, pipe):
@@ -71,12 +71,12 @@ def test_embeddings_are_the_pipelines_alone_bitwise(run, pipe):
     assert captions == len(CAPTIONS)  # "" is a caption of its own here
     lengths = []
     for id, caption in enumerate(CAPTIONS):
-        ours = encoded.embedding(by_id(encoded)[id].caption)
+        ours = encoded.entry(by_id(encoded)[id].caption)
         theirs = pipe.encode_prompt(caption, do_classifier_free_guidance=False, max_sequence_length=64)[0][0]
         assert ours.dtype == torch.bfloat16 and torch.equal(ours, theirs), caption
         lengths.append(len(ours))
     assert lengths[:4] == [16, 32, 16, 64]  # 2 frame tokens + bytes, padded to 16; exactly 16 stays 16; 302 are cut to 64
-    assert torch.equal(encoded.embedding(encoded.empty), encoded.embedding(by_id(encoded)[0].caption))
+    assert torch.equal(encoded.entry(encoded.empty), encoded.entry(by_id(encoded)[0].caption))
 
 
 def test_moments_are_those_of_the_pipelines_picture(run, pipe):
@@ -87,7 +87,7 @@ def test_moments_are_those_of_the_pipelines_picture(run, pipe):
             pixels = pipe.image_processor.preprocess(Image.open(io.BytesIO(content)), 64, 64).bfloat16()
             with torch.no_grad():  # as the pipeline runs it; with gradients the CPU rounds otherwise
                 posterior = pipe.vae.encode(pixels).latent_dist
-            assert torch.equal(encoded.embedding(key), posterior.parameters[0])
+            assert torch.equal(encoded.entry(key), posterior.parameters[0])
             eps = torch.randn(16, 8, 8, generator=torch.Generator().manual_seed(id))
             expected = posterior.mean[0].float() + posterior.logvar[0].float().mul(0.5).exp() * eps
             torch.testing.assert_close(encoded.latent(key, eps), expected)

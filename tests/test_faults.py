@@ -1,11 +1,15 @@
 """What a run survives: each fault is put in from outside, and the weights of an undisturbed run are the judge."""
 
+import fcntl
 import json
+import multiprocessing
 import os
 import pickle
 import random
 import shutil
 import signal
+import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -131,7 +135,7 @@ def test_a_disk_that_is_full_while_saving(rank, half, undisturbed, nursery, tmp_
     assert f"rank {rank}" in line and "File too large" in line and "Traceback" not in text, text
     assert list(cv4ctrl.checkpoints(half)) == [4, 6] and (half / ".checkpoint-8.tmp").exists()
     codes, text = nursery.run(argv(half), 2, tmp_path / "log")
-    assert codes == [0, 0] and not list(half.glob(".*")), text
+    assert codes == [0, 0] and not list(half.glob(".*.tmp")), text
     assert same(weights(half), weights(undisturbed[0]))
 
 
@@ -180,6 +184,24 @@ def test_a_damaged_checkpoint_is_passed_over(damage, half, config, device, capsy
         cv4ctrl.find_checkpoint(config(half))
 
 
+def test_a_second_run_in_the_same_folder_is_refused(half, nursery, tmp_path, argv):
+    (half / ".lock").touch()
+    before = {file: file.stat().st_mtime_ns for file in half.rglob("*")}
+    with open(half / ".lock", "a") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)  # another one is at work
+        codes, text = nursery.run(argv(half), 2, tmp_path / "log")
+    assert codes[0] == 2 and text.count("another run is at work there") == 1, text
+    assert before == {file: file.stat().st_mtime_ns for file in half.rglob("*")}
+
+    def try_to_lock(pids):
+        until(lambda: rows(half)[-1]["step"] == 7, pids)
+        with open(half / ".lock", "a") as file, pytest.raises(BlockingIOError):
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    codes, text = nursery.run(argv(half, max_train_steps=9), 2, tmp_path / "log", try_to_lock, fault="slow_steps")
+    assert codes == [0, 0], text
+
+
 @pytest.mark.long
 def test_two_ranks_agree_on_the_newest_whole_checkpoint(half, undisturbed, nursery, tmp_path, argv):
     DAMAGE["truncated"](half / "checkpoint-6")
@@ -217,7 +239,7 @@ def test_a_signal_while_saving_or_drawing(phase, last_seen, undisturbed, nursery
 
     codes, text = nursery.run(argv(run, checkpointing_steps=4), 2, out / "log", send, fault=f"slow_{phase}")
     assert codes == [75, 75] and "stopped by a signal after step 5" in text, text
-    assert list(cv4ctrl.checkpoints(run)) == [4, 5] and (run / "validation" / "step-4.png").exists() and not list(run.glob(".*"))
+    assert list(cv4ctrl.checkpoints(run)) == [4, 5] and (run / "validation" / "step-4.png").exists() and not list(run.glob(".*.tmp"))
     codes, text = nursery.run(argv(run), 2, out / "log")
     assert codes == [0, 0] and same(weights(run), weights(undisturbed[0])), text
 
@@ -250,6 +272,28 @@ def test_a_second_signal_ends_at_once(name, nursery, out, argv):
 
     codes, _ = nursery.run(argv(run, checkpointing_steps=100), 2, out / "log", send, fault="slow_steps")
     assert codes[0] == -SIGNALS[name] and not cv4ctrl.checkpoints(run)
+
+
+def test_a_loader_process_ends_at_a_signal_of_its_rank_alone():
+    """Signals of others find it needed; when its rank is done with it, it ends, whatever it is stuck in."""
+    fork = multiprocessing.get_context("fork")
+    ready = fork.Event()
+
+    def work():
+        cv4ctrl.outlive_signals(0)
+        ready.set()
+        threading.Event().wait()
+
+    process = fork.Process(target=work)
+    process.start()
+    assert ready.wait(10)
+    for number in SIGNALS.values():
+        subprocess.run(["kill", f"-{number:d}", str(process.pid)], check=True)
+    process.join(1)
+    assert process.is_alive()
+    process.terminate()
+    process.join(10)
+    assert process.exitcode == 0
 
 
 def test_not_a_number_on_one_rank_is_skipped_by_all(nursery, out, argv):

@@ -52,13 +52,16 @@ class Launched:
         below = [p for p in psutil.Process(self.process.pid).children(recursive=True) if "RANK" in p.environ()]
         return sorted((p for p in below if "RANK" not in p.parent().environ()), key=lambda p: int(p.environ()["RANK"]))
 
+    def when(self, seen):
+        """Its ranks, once seen()."""
+        until(lambda: len(self.ranks()) == self.world, [self.process.pid])
+        ranks = self.ranks()
+        until(seen, [self.process.pid])
+        return ranks
+
     def after(self, lines):
         """Its ranks, once metrics.jsonl has so many lines."""
-        until(lambda: logged(self.run) >= 1, [self.process.pid])
-        ranks = self.ranks()
-        assert len(ranks) == self.world
-        until(lambda: logged(self.run) >= lines, [self.process.pid])
-        return ranks
+        return self.when(lambda: logged(self.run) >= lines)
 
     def end(self, seconds=200):
         """Exit code of the launcher, and what was said; all that it started has ended."""
@@ -113,15 +116,18 @@ def goes_on(words, world, folder, reference, tolerance=None):
     code, text = run.end()
     assert code == 0, text
     assert same(weights(run.run), weights(reference), tolerance)
-    assert not list(run.run.glob(".*"))
+    assert not list(run.run.glob(".*.tmp"))
     return text
 
 
-def test_a_kill_under_the_launcher(world, undisturbed, argv, tmp_path):
-    words = argv(tmp_path / "run", world)
-    run = Launched(words, world, tmp_path)
-    run.after(24)[-1].kill()
-    assert run.end(60)[0] != 0 and cv4ctrl.checkpoints(run.run)
+def test_a_kill_in_every_phase(world, undisturbed, argv, tmp_path):
+    """SIGKILL to a rank while it encodes, saves, draws, trains, one start after the other; then the run goes on to its end."""
+    words = argv(tmp_path / "run", world, encoded_dir=tmp_path / "encoded")
+    for phase, step in (("encoding pictures", 0), ("drawing", 0), ("saving", 0), ("training", 24)):
+        run = Launched(words, world, tmp_path)
+        run.when(lambda run=run, phase=phase, step=step: f"{phase}:" in run.log.read_text() and logged(run.run) >= step)[-1].kill()
+        assert run.end(60)[0] != 0, phase
+    assert cv4ctrl.checkpoints(run.run)
     goes_on(words, world, tmp_path, undisturbed)
 
 
