@@ -1310,7 +1310,9 @@ def start_ranks(minutes=120):
     else:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     torch.backends.cuda.enable_cudnn_sdp(False)  # gave NaN gradients with masks (pytorch#196678); others remain
-    deepspeed.init_distributed(timeout=datetime.timedelta(minutes=minutes), verbose=False)
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    with explained(f"the ranks cannot meet at {address}; another --master_port of the launcher may do", Failure):
+        deepspeed.init_distributed(timeout=datetime.timedelta(minutes=minutes), verbose=False)
     return torch.device(accelerator.current_device_name())
 
 

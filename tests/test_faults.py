@@ -8,6 +8,7 @@ import pickle
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -182,6 +183,15 @@ def test_a_damaged_checkpoint_is_passed_over(damage, half, config, device, capsy
     DAMAGE[damage](half / "checkpoint-4")
     with pytest.raises(cv4ctrl.Refusal, match="not whole"):
         cv4ctrl.find_checkpoint(config(half))
+
+
+def test_a_port_that_is_taken(nursery, out, argv):
+    """As by another run on this machine."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        codes, text = nursery.run(argv("no-port"), 1, out / "log", env={"MASTER_PORT": str(port)})
+    (line,) = [line for line in text.splitlines() if line.startswith("cv4ctrl.py:")]
+    assert codes == [1] and f"127.0.0.1:{port}" in line and "--master_port" in line and "Traceback" not in text, text
 
 
 def test_a_second_run_in_the_same_folder_is_refused(half, nursery, tmp_path, argv):

@@ -2,6 +2,7 @@
 
 test_faults.py has the same guarantees on ranks that start in a second, and faults that cannot be put in from outside."""
 
+import contextlib
 import json
 import os
 import re
@@ -28,6 +29,12 @@ pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[1]
 
 
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
 def environment():
     """Of a user: without what this process has set to be a rank itself."""
     mine = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
@@ -39,7 +46,7 @@ class Launched:
 
     def __init__(self, argv, world, folder, by="deepspeed"):
         self.run, self.world = Path(argv[argv.index("--output_dir") + 1]), world
-        launch = [Path(sys.executable).parent / "deepspeed", f"--num_gpus={world}"]
+        launch = [Path(sys.executable).parent / "deepspeed", f"--num_gpus={world}", f"--master_port={free_port()}"]
         if by == "torchrun":
             launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
         self.log = folder / "launched.log"
@@ -49,14 +56,23 @@ class Launched:
 
     def ranks(self):
         """Processes of the ranks, in their order."""
-        below = [p for p in psutil.Process(self.process.pid).children(recursive=True) if "RANK" in p.environ()]
-        return sorted((p for p in below if "RANK" not in p.parent().environ()), key=lambda p: int(p.environ()["RANK"]))
+        found = {}
+        for p in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                if "RANK" in p.environ() and "RANK" not in p.parent().environ():
+                    found[int(p.environ()["RANK"])] = p
+        return [found[rank] for rank in sorted(found)]
 
     def when(self, seen):
         """Its ranks, once seen()."""
-        until(lambda: len(self.ranks()) == self.world, [self.process.pid])
-        ranks = self.ranks()
-        until(seen, [self.process.pid])
+        try:
+            until(lambda: len(self.ranks()) == self.world, [self.process.pid])
+            ranks = self.ranks()
+            until(seen, [self.process.pid])
+        except BaseException:
+            for p in psutil.Process(self.process.pid).children(recursive=True):
+                p.kill()
+            raise
         return ranks
 
     def after(self, lines):
@@ -272,9 +288,7 @@ def test_long_runs_leak_nothing(world, argv, tmp_path):
 @pytest.mark.parametrize("name", ["torchrun", "deepspeed"])
 def test_two_machines(name, out, argv, tmp_path):
     """Two agents on this host encode into a shared folder, stop half-way and go on; with a folder each they are refused."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     (tmp_path / "hostfile").write_text("machine-0 slots=1\nmachine-1 slots=1\n")
 
     def agent(node):
