@@ -189,7 +189,9 @@ class Config:
     total_batch_size: int | None = flag(None, "samples a step over all ranks: derives the accumulation", least=1)
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass")
     recompute_blocks: int | None = flag(None, "transformer blocks that are recomputed; without it all", least=0)
-    compile: bool = flag(False, "compile the blocks with torch.compile: needs g++, and minutes at the start")
+    compile: bool = flag(
+        False, "compile the blocks with torch.compile: needs g++, and minutes at the start; ZeRO-3 gains little"
+    )
     max_train_steps: int | None = flag(None, "optimizer steps; wins over --num_train_epochs", least=1)
     num_train_epochs: int = flag(1, "passes over the data", least=1)
     learning_rate: float = flag(5e-5, "peak, after warm-up", least=0)
@@ -360,6 +362,7 @@ def engine_file(name):
         ("scheduler" in settings, "a scheduler, which contradicts --lr_scheduler: remove it"),
         (kind not in ("Adam", "AdamW"), f"optimizer.type = {kind}: only Adam and AdamW are known"),
         ("optimizer" in settings and stage == 0, "an optimizer of its own, which needs ZeRO stage 1 to 3"),
+        ("cpu_offload" in zero, "cpu_offload, which is an old name: write offload_optimizer"),
         (device == "cpu" and stage == 0, "offload_optimizer, which needs ZeRO stage 1 to 3"),
         ("nvme" in dict(walk(settings)).values(), "nvme, to which nothing can be offloaded here: use cpu"),
         (trackers, f"{trackers}, but --report_to decides on trackers: remove it from the file"),
@@ -411,14 +414,6 @@ def walk(node, prefix=""):
         yield from walk(value, f"{prefix}{key}.") if isinstance(value, dict) else ()
 
 
-def offload_to(device, settings):
-    """The engine's settings with the optimizer on "cpu" or "none"."""
-    zero = settings["zero_optimization"]
-    return settings | {
-        "zero_optimization": zero | {"offload_optimizer": zero["offload_optimizer"] | {"device": device}}
-    }
-
-
 # --- what every room uses: ranks that agree, words and signals, files
 
 
@@ -452,16 +447,21 @@ def make_shared(folder):
 
 
 def occupy(folder):
-    """Lock FOLDER/.lock -> the file, for rank 0 to keep open. What it forks does not hold the lock. Raises Refusal."""
-    file, taken = open(Path(folder, ".lock"), "a") if RANK == 0 else None, False
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB) if file else None
-    except (BlockingIOError, PermissionError):  # other errors: a disk without locks
-        taken = True
-    except OSError:
-        pass
-    refuse_if(any(gather(taken)), f"--output_dir {folder}: another run is at work there")
-    return file
+    """Lock FOLDER/.lock -> what rank 0 must keep; what it forks does not hold the lock. Raises Refusal, Failure."""
+    held = []
+
+    def lock():
+        held.append(open(Path(folder, ".lock"), "a"))
+        try:
+            fcntl.lockf(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                return "taken"
+            say(f"{folder}: this disk has no locks ({reason(error)}); see to it that no second run starts there")
+
+    taken = together(lock, RANK == 0)[0]
+    refuse_if(taken, f"--output_dir {folder}: another run is at work there")
+    return held
 
 
 class PlainLines(io.TextIOBase):
@@ -492,6 +492,7 @@ def heed_signals():
         if time.monotonic() - first > 5:  # launchers repeat some within seconds
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+            os._exit(128 + number)  # as a container's first process we outlive that
 
     for number in STOP_SIGNALS:
         signal.signal(number, note)
@@ -499,10 +500,13 @@ def heed_signals():
 
 def outlive_signals(_):
     """For the processes that load data: signalled as we are, they are needed until the step ends. Only we end them."""
+    rank = os.getppid()
 
     def wait():
-        while signal.sigwaitinfo(STOP_SIGNALS).si_pid != os.getppid():
-            pass
+        while os.getppid() == rank:  # else it has died
+            heard = signal.sigtimedwait(STOP_SIGNALS, 5)
+            if heard and heard.si_pid == rank:
+                break
         os._exit(0)
 
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -515,10 +519,13 @@ def launchers():
     import psutil
 
     pattern = r"(^|/)(deepspeed|torchrun)( |$)|-m (deepspeed\.launcher|torch\.distributed)"
-    with contextlib.suppress(psutil.Error):
+    try:
         above = {p: p.as_dict(["cmdline"])["cmdline"] or [] for p in psutil.Process().parents()}
         return [p for p, words in above.items() if re.search(pattern, " ".join(words[:5]))]
-    return []
+    except psutil.AccessDenied:
+        return []
+    except psutil.NoSuchProcess:  # ended while we looked
+        return launchers.__wrapped__()
 
 
 @functools.lru_cache(maxsize=1)
@@ -527,7 +534,7 @@ def orphaned(second):
     import psutil
 
     try:
-        return any(p.status() == psutil.STATUS_ZOMBIE for p in launchers())
+        return not all(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in launchers())
     except psutil.NoSuchProcess:
         return True
 
@@ -1320,10 +1327,11 @@ def check_engine(settings):
     """DeepSpeed's own judgement of its settings, before an hour of encoding. Raises Refusal."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    if settings["zero_optimization"]["offload_optimizer"]["device"] == "auto":  # choose_offload comes later
-        settings = offload_to("none", settings)
+    settings = json.loads(json.dumps(settings))
+    offload = settings["zero_optimization"]["offload_optimizer"]
+    offload["device"] = offload["device"].replace("auto", "none")  # choose_offload comes later
     try:
-        DeepSpeedConfig(json.loads(json.dumps(settings)))
+        DeepSpeedConfig(settings)
     except Exception as error:  # pydantic's, of which the first line says nothing, assertions, and more
         raise Refusal(f"--deepspeed_config: DeepSpeed does not take it: {error}")
 
@@ -1505,7 +1513,9 @@ def read_manifest(checkpoint):
     """manifest.json of a checkpoint, {} where it is none."""
     with contextlib.suppress(OSError, ValueError):
         manifest = json.loads((checkpoint / "manifest.json").read_text())
-        return manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) else {}
+        kinds = {"step": int, "files": dict, "identity": dict}
+        whole = isinstance(manifest, dict) and all(isinstance(manifest.get(key), kinds[key]) for key in kinds)
+        return manifest if whole else {}
     return {}
 
 
@@ -1533,7 +1543,7 @@ def identity_of(config):
 def refuse_another(found, manifest, identity):
     """A checkpoint goes on where what decides the samples of a run, and how its state looks, is the same."""
     for name, now in identity.items() if manifest else ():
-        saved = manifest.get("identity", {}).get(name)
+        saved = manifest["identity"].get(name)
         said = f"--{'' if saved else 'no_'}{name}" if isinstance(saved, bool) else f"--{name} {saved}"
         way = f"give {said}" if name in IDENTITY else "restore the data"
         refuse_if(saved != now, f"{found} was made with {name} = {saved}, now it is {now}: the run would not go on as "
@@ -1780,71 +1790,87 @@ def check_disk(config, needs):
                   f"{free / 1e9:.1f} GB are free; fewer --checkpoints_total_limit need less")  # fmt: skip
 
 
-def memory(config, settings, shape, world, tokens):
-    """Bytes at the peak of a step -> ({part: bytes} of a card, bytes that offloading puts into host memory a rank)."""
-    c, zero, size = config, settings["zero_optimization"], 2 if config.mixed_precision == "bf16" else 4
-    ranks = [world if zero["stage"] >= stage else 1 for stage in range(4)]  # that share what this stage cuts
-    sequence = (c.resolution // PIXELS_PER_TOKEN) ** 2 + tokens
-    tensor = c.train_batch_size * sequence * shape.width * size  # of (B, S, D)
-    again = recomputed(c, shape.layers)  # the first blocks: each is whole for a moment, when the others are gone
-    kept = again + max(shape.layers - again, 1) * KEPT
-    buckets = (1 + bool(zero.get("overlap_comm", zero["stage"] == 3))) * zero.get("reduce_bucket_size", 5e8) * size
-    away = zero["offload_optimizer"]["device"] != "none"  # but gradients are summed on the card all the same
-    parts = {
-        "weights": size * shape.parameters / ranks[3],
-        "gradients": 4 * shape.trained / ranks[2] + buckets,
-        "optimizer": 0 if away else 12 * shape.trained / ranks[1],
-        "activations": tensor * (kept + PASSING),
-    }
-    return parts, away * 18 * shape.trained / ranks[1]  # Adam's 12, gradients in fp32, weights in bf16
+@dataclass(frozen=True)
+class Load:
+    """A step on its cards: what its memory follows from."""
+
+    config: Config
+    settings: dict  # of the engine
+    shape: Shape
+    cards: Cards
+    tokens: int  # of its captions
+
+    def but(self, device=None, **flags):
+        """The same with the optimizer's state on "cpu" or, "none", on the cards; or with other flags."""
+        zero = self.settings["zero_optimization"]
+        offload = zero["offload_optimizer"] | {"device": device or zero["offload_optimizer"]["device"]}
+        settings = self.settings | {"zero_optimization": zero | {"offload_optimizer": offload}}
+        return dataclasses.replace(self, settings=settings, config=dataclasses.replace(self.config, **flags))
+
+    def memory(self):
+        """Bytes at the peak -> ({part: bytes} of a card, bytes that offloading puts into host memory a rank)."""
+        c, shape, zero = self.config, self.shape, self.settings["zero_optimization"]
+        size = 2 if c.mixed_precision == "bf16" else 4
+        ranks = [self.cards.number if zero["stage"] >= stage else 1 for stage in range(4)]  # that share what it cuts
+        sequence = (c.resolution // PIXELS_PER_TOKEN) ** 2 + self.tokens
+        again = recomputed(c, shape.layers)  # the first blocks: each is whole for a moment, when the others are gone
+        kept = again + max(shape.layers - again, 1) * KEPT + PASSING
+        # gradients go to the other ranks by buckets: one is filled while another is sent, flattened, and in fp32
+        overlap = bool(zero.get("overlap_comm", zero["stage"] == 3))
+        buckets = zero["reduce_bucket_size"] * ((1 + overlap) * size + (4 if size == 4 else 6))
+        away = zero["offload_optimizer"]["device"] != "none"  # but gradients are summed on the card all the same
+        parts = {
+            "weights": size * shape.parameters / ranks[3],
+            "gradients": 4 * shape.trained / ranks[2] + buckets,
+            "optimizer": 0 if away else 12 * shape.trained / ranks[1],
+            "activations": kept * c.train_batch_size * sequence * shape.width * size,  # tensors of (B, S, D)
+        }
+        return parts, away * 18 * shape.trained / ranks[1]  # Adam's 12, gradients in fp32, weights in bf16
+
+    def fits(self):
+        """On a card, as far as its memory is known?"""
+        return sum(self.memory()[0].values()) <= ROOM * (self.cards.capacity or math.inf)
 
 
-def fits(config, settings, shape, cards, tokens):
-    """Does a step fit on a card, as far as its memory is known?"""
-    room = ROOM * (cards.capacity or math.inf)
-    return sum(memory(config, settings, shape, cards.number, tokens)[0].values()) <= room
+def choose_offload(load):
+    """The engine's settings, offload_optimizer.device "auto" made cpu where a step fits on a card only so; says why."""
+    zero = load.settings["zero_optimization"]
+    if zero["offload_optimizer"]["device"] != "auto":
+        return load.settings
+    here, away = load.but("none"), load.but("cpu")
+    if here.fits() or zero["stage"] == 0:
+        return here.settings
+    needed = [sum(way.memory()[0].values()) / 1e9 for way in (here, away)]
+    has = f"a step needs {needed[0]:.0f} GB a card, {needed[1]:.0f} without the optimizer, {load.cards.name} has "
+    has += f"{load.cards.capacity / 1e9:.0f}"
+    say(f"{has}: the optimizer goes to host memory; offload_optimizer.device in ds_config.json decides otherwise"
+        if away.fits() else f"{has}: --dry_run says what would do")  # fmt: skip
+    return (away if away.fits() else here).settings
 
 
-def choose_offload(config, settings, shape, cards):
-    """offload_optimizer.device "auto" in the engine's settings -> cpu where a step fits on a card only so; says why."""
-    if settings["zero_optimization"]["offload_optimizer"]["device"] != "auto":
-        return settings
-    tokens, ways = config.max_sequence_length, [offload_to(device, settings) for device in ("none", "cpu")]
-    if fits(config, ways[0], shape, cards, tokens) or settings["zero_optimization"]["stage"] == 0:
-        return ways[0]
-    needed = [sum(memory(config, way, shape, cards.number, tokens)[0].values()) / 1e9 for way in ways]
-    has = f"a step needs {needed[0]:.0f} GB a card, {needed[1]:.0f} without the optimizer, {cards.name} has "
-    has += f"{cards.capacity / 1e9:.0f}"
-    fit = fits(config, ways[1], shape, cards, tokens)
-    say(f"{has}: the optimizer goes to host memory; offload_optimizer.device in ds_config.json decides otherwise" if fit
-        else f"{has}: --dry_run says what would do")  # fmt: skip
-    return ways[fit]
-
-
-def check_offload(config, settings, shape):
+def check_offload(load):
     """Every machine has the memory, and the compiler, for what is offloaded. Raises Refusal, on all ranks."""
     import psutil
 
     here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))  # torchrun's name, deepspeed's name
-    host = here * memory(config, settings, shape, WORLD, 0)[1]
-    there = min(gather(psutil.virtual_memory().available))
-    refuse_if(host > there, f"offload_optimizer takes {host / 1e9:.0f} GB of host memory, {there / 1e9:.0f} are free: "
+    host = load.memory()[1]
+    machines = gather((here * host / 1e9, psutil.virtual_memory().available / 1e9))
+    needed, free = max(machines, key=lambda machine: machine[0] - machine[1])
+    refuse_if(needed > free, f"offload_optimizer takes {needed:.0f} GB of a machine's memory, {free:.0f} are free: "
               "take more cards, or a smaller batch with \"device\": \"none\"")  # fmt: skip
     refuse_if(host and not all(gather(bool(shutil.which("g++")))), "offload_optimizer: DeepSpeed compiles its CPU "
               "optimizer with g++, which is not on PATH")  # fmt: skip
 
 
-def remedies(config, settings, world):
-    """What makes a step smaller, the cheapest first, with the same samples a step -> (words, config, settings)."""
-    sizes = [n for n in range(config.train_batch_size, 0, -1) if config.total_batch_size % (n * world) == 0]
-    away = '"offload_optimizer": {"device": "cpu"} in ds_config.json and '
-    for words, engine in (("", settings), (away, offload_to("cpu", settings))):
-        for size in sizes:
-            smaller = dataclasses.replace(
-                config, gradient_checkpointing=True, recompute_blocks=None, train_batch_size=size
-            )
-            flags = f"--gradient_checkpointing --train_batch_size {size} --total_batch_size {config.total_batch_size}"
-            yield words + flags, smaller, engine
+def remedies(load):
+    """What makes a step smaller, the cheapest first, with the same samples a step -> (words, Load)."""
+    total, away = load.config.total_batch_size, '"offload_optimizer": {"device": "cpu"} in ds_config.json and '
+    for words, way in (("", load), (away, load.but("cpu"))):
+        for size in range(load.config.train_batch_size, 0, -1):
+            if total % (size * load.cards.number) == 0:
+                flags = f"--gradient_checkpointing --train_batch_size {size} --total_batch_size {total}"
+                flags += " without --recompute_blocks" * (load.config.recompute_blocks is not None)
+                yield words + flags, way.but(gradient_checkpointing=True, recompute_blocks=None, train_batch_size=size)
 
 
 def token_counts(config, base, rows, most=10_000):
@@ -1859,19 +1885,16 @@ def token_counts(config, base, rows, most=10_000):
     return dict(sorted(collections.Counter(16 * math.ceil(length / 16) for length in lengths).items()))
 
 
-def plan(config, settings, base, rows, held_out, steps, start, shape, cards):
+def plan(load, base, rows, held_out, steps, start):
     """Print what a run will take: the arithmetic of `memory` and `disk_needed`, and model FLOPs at UTILISATION."""
-    c, counts, again = config, token_counts(config, base, rows), recomputed(config, shape.layers)
-    tokens = max(counts, default=16)  # a step of nothing but the longest is the worst
+    c, shape, cards, counts = load.config, load.shape, load.cards, token_counts(load.config, base, rows)
+    load = dataclasses.replace(load, tokens=max(counts, default=16))  # a step of nothing but the longest is the worst
     mean = sum(length * number for length, number in counts.items()) / max(1, sum(counts.values()))
-    parts, host = memory(c, settings, shape, cards.number, tokens)
     disk, cache = disk_needed(c, len(rows), shape, steps)
     cache += 2 * json.loads((base / "text_encoder" / "config.json").read_text())["hidden_size"] * mean * len(rows)
-    sequence = (c.resolution // PIXELS_PER_TOKEN) ** 2 + mean
-    flops = 12 * shape.layers * shape.width * sequence * (6 * shape.width + sequence)  # a sample, both passes
-    room = f" of {cards.capacity / 1e9:.0f}, {cards.name}" if cards.capacity else ""
+    (parts, host), epochs = load.memory(), steps * c.total_batch_size / (len(rows) - held_out)
     split = " + ".join(f"{size / 1e9:.3g} GB {part}" for part, size in parts.items())
-    epochs = steps * c.total_batch_size / (len(rows) - held_out)
+    room = f" of {cards.capacity / 1e9:.0f}, {cards.name}" if cards.capacity else ""
     lines = {
         "rows": f"{len(rows)}, {held_out} of them held out",
         "captions": ", ".join(f"{number} of {length} tokens" for length, number in counts.items()),
@@ -1884,19 +1907,20 @@ def plan(config, settings, base, rows, held_out, steps, start, shape, cards):
         "time": "not known for this device; the first steps tell",
     }  # fmt: skip
     if cards.flops:
+        sequence = (c.resolution // PIXELS_PER_TOKEN) ** 2 + mean
+        flops = 12 * shape.layers * shape.width * sequence * (6 * shape.width + sequence)  # a sample, both passes
         seconds = flops * c.total_batch_size / (cards.number * cards.flops * UTILISATION)
         lines["time"] = (f"{seconds:.3g} s a step, {seconds * max(0, steps - start) / 3600:.3g} hours of training, "
                          f"at {UTILISATION:.0%} of the peak of {cards.number} x {cards.name}")  # fmt: skip
-    fewer = (
-        n for n in range(again) if fits(dataclasses.replace(c, recompute_blocks=n), settings, shape, cards, tokens)
-    )
-    if cards.capacity and (enough := next(fewer, again)) < again:
+    again = recomputed(c, shape.layers)
+    enough = next((n for n in range(again) if cards.capacity and load.but(recompute_blocks=n).fits()), again)
+    if enough < again:
         lines["faster"] = (
             f"--recompute_blocks {enough} fits as well: {again - enough} blocks are not computed twice then"
         )
-    if not fits(c, settings, shape, cards, tokens):
-        ways = (words for words, *way in remedies(c, settings, cards.number) if fits(*way, shape, cards, tokens))
-        lines["too large"] = f"it does not fit; {next(ways, 'more cards')} would do"
+    if not load.fits():
+        words = next((words for words, way in remedies(load) if way.fits()), "more cards")
+        lines["too large"] = f"it does not fit; {words} would do"
     print("\n".join(f"{head:10}{text}" for head, text in lines.items()))
 
 
@@ -1984,8 +2008,10 @@ def count_steps(config, rows):
 
 def fine_tune(config, settings, base, transformer, rows, device):
     """Encode the rows, train, publish the weights -> optimizer steps. `device` is that of start_ranks."""
-    c, (found, manifest), identity = config, find_checkpoint(config), identity_of(config)
-    refuse_another(found, manifest, identity)  # before encoding
+    c, fresh, identity = config, gather(not Path(config.output_dir).exists())[0], identity_of(config)
+    lock = None if fresh else occupy(c.output_dir)  # a fresh one is not made before all refusals
+    found, manifest = find_checkpoint(c)
+    refuse_another(found, manifest, identity)
     torch.backends.cuda.matmul.allow_tf32 = c.allow_tf32
     encoded = encode(c, base, rows, device)
     steps, start = count_steps(c, len(encoded.train)), manifest.get("step", 0)
@@ -1993,7 +2019,9 @@ def fine_tune(config, settings, base, transformer, rows, device):
     identity |= {"rows": len(encoded.train), "content of the rows": content}
     refuse_another(found, manifest, identity)
     make_shared(c.output_dir)
-    lock = occupy(c.output_dir)
+    lock = occupy(c.output_dir) if fresh else lock
+    begun = fresh and gather(list(checkpoints(c.output_dir)))[0]
+    refuse_if(begun, f"--output_dir {c.output_dir}: another run was at work there while we encoded")
 
     dtype = torch.bfloat16 if c.mixed_precision == "bf16" else torch.float32
     transformer, variant = (found / "transformer", None) if found else (transformer, c.variant)
@@ -2014,12 +2042,12 @@ def fine_tune(config, settings, base, transformer, rows, device):
     together(lambda: log_samples(stream, base, device), RANK == 0 and c.log_dataset_samples)
     train(engine, stream, frame, base, identity, start, steps, manifest.get("skipped", 0))
     together(lambda: publish(c, Path(c.output_dir, f"checkpoint-{steps}") if start < steps else found), RANK == 0)
-    lock and lock.close()
     return steps
 
 
 def run(config):
     """From flags to trained weights."""
+    launchers()  # who they are must be known before one of them ends
     refuse_if(config.plan_for and not config.dry_run, "--plan_for is for --dry_run")
     cards = cards_of(config)
     c = resolve(config, cards.number)
@@ -2034,13 +2062,13 @@ def run(config):
         batch = f"{cards.number} ranks x batch {c.train_batch_size} x {c.gradient_accumulation_steps}"
         print(f"{len(rows)} rows, {held_out} held out; {c.resolution} px; {batch} = {c.total_batch_size} samples "
               f"a step; {steps} steps -> {c.output_dir}")  # fmt: skip
+    load = Load(c, settings, shape, cards, c.max_sequence_length)
     if c.dry_run:
-        newest = [None, *candidates(c)][-1]
-        manifest = read_manifest(newest) if newest else {}
-        refuse_another(newest, manifest, identity_of(c))
-        settings = choose_offload(c, settings, shape, cards)
-        start = manifest.get("step", 0)
-        return plan(c, settings, base, rows, held_out, steps, start, shape, cards) if RANK == 0 else None
+        readable = [(found, manifest) for found in candidates(c) if (manifest := read_manifest(found))]
+        found, manifest = readable[-1] if readable else (None, {})
+        refuse_another(found, manifest, identity_of(c))
+        load = dataclasses.replace(load, settings=choose_offload(load))
+        return plan(load, base, rows, held_out, steps, manifest.get("step", 0)) if RANK == 0 else None
     repository = open_repository(c) if c.push_to_hub else None  # all ranks: none waits for one that has no right to it
     base, transformer = find_base(c, c.pretrained_model_name_or_path)
     check_weights(c, base, transformer)
@@ -2049,9 +2077,10 @@ def run(config):
     heed_signals()
     device = start_ranks(1.5 * c.timeout_minutes)  # longer than a step may take: a rank that hangs is reported there
     check_engine(settings)
-    settings = choose_offload(c, settings, shape, min(gather(cards), key=lambda card: card.capacity or 0))
-    check_offload(c, settings, shape)
-    steps = fine_tune(c, settings, base, transformer, rows, device)
+    load = dataclasses.replace(load, cards=min(gather(cards), key=lambda card: card.capacity or 0))
+    load = dataclasses.replace(load, settings=choose_offload(load))
+    check_offload(load)
+    steps = fine_tune(c, load.settings, base, transformer, rows, device)
     dist.barrier()
     dist.destroy_process_group()
     if RANK == 0:

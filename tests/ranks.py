@@ -78,7 +78,9 @@ def gradients(argv, file):
     model = cv4ctrl.load_transformer(base / "transformer", None, cv4ctrl.torch.float32, device)
     cv4ctrl.recompute(model, cv4ctrl.recomputed(c, len(model.transformer_blocks)))
     frame = cv4ctrl.prepare(model, c.resolution, device, cv4ctrl.torch.float32)
-    engine = cv4ctrl.start_engine(c, cv4ctrl.offload_to("none", cv4ctrl.engine_settings(c)), model)
+    settings = cv4ctrl.engine_settings(c)
+    settings["zero_optimization"]["offload_optimizer"]["device"] = "none"
+    engine = cv4ctrl.start_engine(c, settings, model)
     stream = cv4ctrl.Stream(c, encoded, cv4ctrl.RANK, cv4ctrl.WORLD)
     for turn, batch in enumerate(cv4ctrl.micro_batches(stream, 0, 1, device)):
         engine.backward(cv4ctrl.batch_loss(engine, frame, batch, c.weighting_scheme))
@@ -228,7 +230,8 @@ def peak_of_a_step(argv):
     base = Path(c.pretrained_model_name_or_path)
     shape = cv4ctrl.shape_of(base / "transformer", c.only_target_transformer_blocks)
     tokens = max(cv4ctrl.token_counts(c, base, cv4ctrl.open_dataset(c)))
-    return [peak, sum(cv4ctrl.memory(c, seen["settings"], shape, 1, tokens)[0].values())]
+    load = cv4ctrl.Load(c, seen["settings"], shape, cv4ctrl.Cards(1, "CPU", None, None), tokens)
+    return [peak, sum(load.memory()[0].values())]
 
 
 def main(jobs):

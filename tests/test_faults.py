@@ -204,12 +204,22 @@ def test_a_second_run_in_the_same_folder_is_refused(half, nursery, tmp_path, arg
     assert before == {file: file.stat().st_mtime_ns for file in half.rglob("*")}
 
     def try_to_lock(pids):
-        until(lambda: rows(half)[-1]["step"] == 7, pids)
+        until(lambda: 7 <= rows(half)[-1]["step"] < 12, pids)  # it begins with the rows of the run that ended at 12
         with open(half / ".lock", "a") as file, pytest.raises(BlockingIOError):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
-    codes, text = nursery.run(argv(half, max_train_steps=9), 2, tmp_path / "log", try_to_lock, fault="slow_steps")
+    codes, text = nursery.run(argv(half, max_train_steps=11), 2, tmp_path / "log", try_to_lock, fault="slow_steps")
     assert codes == [0, 0], text
+
+
+@pytest.mark.long
+def test_a_run_that_another_one_overtook_while_it_encoded_is_refused(nursery, out, argv):
+    def begin_another(pids):
+        until(lambda: "encoding pictures" in (out / "log" / "rank-0.log").read_text(), pids)
+        (out / "overtaken" / "checkpoint-1").mkdir(parents=True)
+
+    codes, text = nursery.run(argv("overtaken", encoded_dir=out / "overtaken-cache"), 2, out / "log", begin_another)
+    assert codes[0] == 2 and "another run was at work there while we encoded" in text, text
 
 
 @pytest.mark.long

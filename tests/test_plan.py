@@ -65,6 +65,11 @@ def test_plans_for_cogview4(cogview, planned, flags, tmp_path):
     assert float(one["a host"].split(" GB")[0]) == pytest.approx(18 * 6.37, rel=0.02) and "too large" not in one
     small = plan(plan_for="8xA100-40GB", train_batch_size=6, no_gradient_checkpointing=True)
     assert re.search("; --gradient_checkpointing --train_batch_size [63] --total_batch_size 48 would do", small["too large"]), small
+    fast = plan(plan_for="4xH100-80GB", train_batch_size=8, recompute_blocks=0)
+    assert "--gradient_checkpointing --train_batch_size 8 --total_batch_size 32 without --recompute_blocks would do" in fast["too large"]
+    blocks, saved = map(int, re.findall(r"\d+", eight["faster"]))
+    assert blocks + saved == 28 and "too large" not in plan(plan_for="8xH100-80GB", train_batch_size=4, recompute_blocks=blocks)
+    assert "too large" in plan(plan_for="8xH100-80GB", train_batch_size=4, recompute_blocks=blocks - 1)
     assert "more cards would do" in plan(plan_for="1xA100-40GB", train_batch_size=8)["too large"]
 
 
