@@ -188,7 +188,9 @@ class Config:
     gradient_accumulation_steps: int = flag(1, "micro-batches a step and rank", least=1)
     total_batch_size: int | None = flag(None, "samples a step over all ranks: derives the accumulation", least=1)
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass")
-    recompute_blocks: int | None = flag(None, "transformer blocks that are recomputed; without it all", least=0)
+    recompute_blocks: int | None = flag(
+        None, "of --gradient_checkpointing: only so many blocks; without it all", least=0
+    )
     compile: bool = flag(
         False, "compile the blocks with torch.compile: needs g++, and minutes at the start; ZeRO-3 gains little"
     )
@@ -354,7 +356,7 @@ def engine_file(name):
     zero = settings.setdefault("zero_optimization", {})
     stage, bucket = zero.setdefault("stage", 0), zero.setdefault("reduce_bucket_size", 5e8)  # DeepSpeed's defaults
     device = zero.setdefault("offload_optimizer", {}).setdefault("device", "none")
-    kind = settings.get("optimizer", {}).get("type", "AdamW")
+    kind = settings.get("optimizer", {"type": "AdamW"}).get("type")
     trackers = ", ".join({*TRACKERS.values(), "comet"} & settings.keys())
     for wrong, why in (
         (stage not in ("auto", 0, 1, 2, 3), f"zero_optimization.stage = {stage!r}: must be 0, 1, 2 or 3"),
@@ -996,7 +998,8 @@ def encode(config, base, rows, device):
         with contextlib.suppress(OSError):  # another run that shares the cache may clean up as well
             time.time() - file.stat().st_mtime < 3600 or file.unlink()  # left by a crash; a younger one may be in use
     found, bad, cases, empty = find_rows(c, base, rows)
-    refuse_if(bad and not c.skip_bad_rows, f"{bad and bad[0]} ({len(bad)} such rows; --skip_bad_rows leaves them out)")
+    refuse_if(bad and not c.skip_bad_rows, f"{bad and bad[0]} ({len(bad)} of {len(rows)} rows are such; "
+              "--skip_bad_rows leaves them out)")  # fmt: skip
     make_shared(folder)
     column = c.conditioning_image_column if c.control == "column" else c.image_column
     made = c.control if c.detect_validation_image else "column"
@@ -1515,7 +1518,7 @@ def read_manifest(checkpoint):
         manifest = json.loads((checkpoint / "manifest.json").read_text())
         kinds = {"step": int, "files": dict, "identity": dict}
         whole = isinstance(manifest, dict) and all(isinstance(manifest.get(key), kinds[key]) for key in kinds)
-        return manifest if whole else {}
+        return manifest if whole and all(isinstance(entry, list) for entry in manifest["files"].values()) else {}
     return {}
 
 
@@ -1526,11 +1529,27 @@ def find_checkpoint(config):
     present = gather(candidates(config))[0]
     for checkpoint in reversed(present):
         found, manifest = checksums(checkpoint), gather(read_manifest(checkpoint))[0]
-        listed = manifest.get("files", {"manifest.json": "not to be read"})
-        if found == listed:
+        listed = manifest.get("files", {})
+        if manifest and found == listed:
             return checkpoint, manifest
         wrong = sorted(name for name in found.keys() | listed.keys() if found.get(name) != listed.get(name))
-        say(f"{checkpoint} is passed over: {wrong[0]} is not as it was written ({len(wrong)} such files)")
+        what = (
+            f"{wrong[0]} is not as it was written ({len(wrong)} such files)" if manifest else "it has no manifest.json"
+        )
+        say(f"{checkpoint} is passed over: {what}")
+    refuse_if(present, f"{present and present[-1]}: not whole, nor is an older checkpoint; move it away to start anew")
+    return None, {}
+
+
+def glance(config):
+    """As find_checkpoint, but whole is what has the sizes that its manifest lists: in no time, on one rank."""
+    present = candidates(config)
+    for checkpoint in reversed(present):
+        manifest = read_manifest(checkpoint)
+        sizes = {str(f.relative_to(checkpoint)): [f.stat().st_size] for f in checkpoint.rglob("*") if f.is_file()}
+        sizes.pop("manifest.json", None)
+        if manifest and sizes == {name: entry[:1] for name, entry in manifest["files"].items()}:
+            return checkpoint, manifest
     refuse_if(present, f"{present and present[-1]}: not whole, nor is an older checkpoint; move it away to start anew")
     return None, {}
 
@@ -1841,11 +1860,13 @@ def choose_offload(load):
     if here.fits() or zero["stage"] == 0:
         return here.settings
     needed = [sum(way.memory()[0].values()) / 1e9 for way in (here, away)]
-    has = f"a step needs {needed[0]:.0f} GB a card, {needed[1]:.0f} without the optimizer, {load.cards.name} has "
-    has += f"{load.cards.capacity / 1e9:.0f}"
-    say(f"{has}: the optimizer goes to host memory; offload_optimizer.device in ds_config.json decides otherwise"
-        if away.fits() else f"{has}: --dry_run says what would do")  # fmt: skip
-    return (away if away.fits() else here).settings
+    has = f"with captions of {load.tokens} tokens a step takes {needed[0]:.0f} GB a card, {needed[1]:.0f} without the "
+    has += f"optimizer; it may take {ROOM * load.cards.capacity / 1e9:.0f} of {load.cards.name}"
+    if away.fits():
+        say(f"{has}: the optimizer goes to host memory; offload_optimizer.device in ds_config.json decides otherwise")
+        return away.settings
+    load.config.dry_run or say(f"{has}: --dry_run says what would do")
+    return here.settings
 
 
 def check_offload(load):
@@ -1906,13 +1927,14 @@ def plan(load, base, rows, held_out, steps, start):
         "disk": f"{max(disk, 0) / 1e9:.3g} GB in {c.output_dir}, {max(cache, 0) / 1e9:.3g} GB in {c.encoded_dir}",
         "time": "not known for this device; the first steps tell",
     }  # fmt: skip
-    if cards.flops:
+    again = recomputed(c, shape.layers)
+    if cards.flops and c.mixed_precision == "bf16":
         sequence = (c.resolution // PIXELS_PER_TOKEN) ** 2 + mean
         flops = 12 * shape.layers * shape.width * sequence * (6 * shape.width + sequence)  # a sample, both passes
         seconds = flops * c.total_batch_size / (cards.number * cards.flops * UTILISATION)
+        seconds *= (3 + again / shape.layers) / 4  # UTILISATION is of runs that recompute all, one pass of four
         lines["time"] = (f"{seconds:.3g} s a step, {seconds * max(0, steps - start) / 3600:.3g} hours of training, "
                          f"at {UTILISATION:.0%} of the peak of {cards.number} x {cards.name}")  # fmt: skip
-    again = recomputed(c, shape.layers)
     enough = next((n for n in range(again) if cards.capacity and load.but(recompute_blocks=n).fits()), again)
     if enough < again:
         lines["faster"] = (
@@ -2064,8 +2086,7 @@ def run(config):
               f"a step; {steps} steps -> {c.output_dir}")  # fmt: skip
     load = Load(c, settings, shape, cards, c.max_sequence_length)
     if c.dry_run:
-        readable = [(found, manifest) for found in candidates(c) if (manifest := read_manifest(found))]
-        found, manifest = readable[-1] if readable else (None, {})
+        found, manifest = glance(c)
         refuse_another(found, manifest, identity_of(c))
         load = dataclasses.replace(load, settings=choose_offload(load))
         return plan(load, base, rows, held_out, steps, manifest.get("step", 0)) if RANK == 0 else None
@@ -2085,7 +2106,8 @@ def run(config):
     dist.destroy_process_group()
     if RANK == 0:
         push(c, repository, steps) if repository else None
-        print(f"done: pictures in {Path(c.output_dir, 'validation')}, weights in {c.output_dir}; "
+        drawn = Path(c.output_dir, "validation")
+        print(f"done: {f'pictures in {drawn}, ' * drawn.exists()}weights in {c.output_dir}; "
               f'CogView4Transformer2DModel.from_pretrained("{c.output_dir}") loads them')  # fmt: skip
 
 

@@ -575,8 +575,8 @@ def parse(argv):
     options.chosen = options.chosen or (options.sections or ",".join(SECTIONS)).split(",")
     if (options.layers or options.heads) and options.base != "full":
         parser.error("--layers and --heads are for --base full")
-    if options.warm_up < 1:
-        parser.error("--warm_up must be at least 1")
+    if min(options.warm_up, options.steps, options.repeats) < 1:
+        parser.error("--warm_up, --steps and --repeats must be at least 1")
     if unknown := set(options.chosen) - SECTIONS.keys():
         parser.error(f"no such section: {', '.join(unknown)}")
     options.chosen = [name for name in options.chosen if options.reference or name != "reference"]

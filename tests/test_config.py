@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -189,6 +190,7 @@ def test_half_precision_is_refused_before_anything_heavy_is_imported(tmp_path):
     ({"zero_optimization": True}, ["zero_optimization", "object"]), ({"bf16": True}, ["bf16", "object"]),
     ({"optimizer": {"type": "AdamW", "params": 3}}, ["optimizer", "object"]),
     ({"zero_optimization": {"stage": "auto"}}, ["zero_optimization.stage", "auto"]),
+    ({"optimizer": {}}, ["optimizer.type", "AdamW"]), ({"zero_optimization": {"cpu_offload": True}}, ["cpu_offload", "offload_optimizer"]),
     ({"optimizer": {"type": "Lion"}}, ["Lion", "AdamW"]), ({"optimizer": {"type": "AdamW"}, "zero_optimization": {}}, ["stage 1"]),
     ({"bf16": {"check_grad_overflow": False}}, ["check_grad_overflow"]),
     ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, ["nvme"]),
@@ -248,11 +250,16 @@ def test_dry_run_sees_what_it_would_go_on_from(flags, refused, tmp_path, capsys)
     checkpoint = tmp_path / "out" / "checkpoint-7"
     checkpoint.mkdir(parents=True)
     c = cv4ctrl.resolve(cv4ctrl.parse(flags(tmp_path / "out")), 1)
-    (checkpoint / "manifest.json").write_text(json.dumps({"step": 7, "files": {}, "identity": cv4ctrl.identity_of(c)}))
+    (checkpoint / "file").write_text("12345")
+    (checkpoint / "manifest.json").write_text(json.dumps({"step": 7, "files": {"file": [5, "?"]}, "identity": cv4ctrl.identity_of(c)}))
+    shutil.copytree(checkpoint, tmp_path / "out" / "checkpoint-8")
+    (tmp_path / "out" / "checkpoint-8" / "file").write_text("1234")
     cv4ctrl.main([*flags(tmp_path / "out", max_train_steps=9), "--dry_run"])
     assert "9 of 4 samples, 0.82 epochs; 7 are done" in capsys.readouterr().out
     assert "made with seed = 0" in refused([*flags(tmp_path / "out", seed=1), "--dry_run"])
     assert "holds checkpoints" in refused([*flags(tmp_path / "out", resume_from_checkpoint="none"), "--dry_run"])
+    (checkpoint / "manifest.json").write_text('{"step": "7", "files": {}, "identity": {}}')
+    assert "not whole" in refused([*flags(tmp_path / "out"), "--dry_run"])
 
 
 def test_compiling_needs_a_compiler(flags, refused, tmp_path, monkeypatch):

@@ -97,7 +97,7 @@ def test_run_leaves_what_the_readme_says(alone, out):
     assert all(code == 0 for code, _ in alone)
     run = out / "six"
     assert {f.name for f in run.iterdir()} == {
-        "run.json", "metrics.jsonl", "checkpoint-3", "checkpoint-6", "config.json", "diffusion_pytorch_model.safetensors"}  # fmt: skip
+        ".lock", "run.json", "metrics.jsonl", "checkpoint-3", "checkpoint-6", "config.json", "diffusion_pytorch_model.safetensors"}  # fmt: skip
     assert {f.name for f in (run / "checkpoint-6").iterdir()} == {"transformer", "state", "manifest.json"}
     manifest = json.loads((run / "checkpoint-6" / "manifest.json").read_text())
     assert manifest["step"] == 6 and manifest["samples"] == 24 and manifest["identity"]["seed"] == 0
