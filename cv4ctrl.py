@@ -188,12 +188,8 @@ class Config:
     gradient_accumulation_steps: int = flag(1, "micro-batches a step and rank", least=1)
     total_batch_size: int | None = flag(None, "samples a step over all ranks: derives the accumulation", least=1)
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass")
-    recompute_blocks: int | None = flag(
-        None, "of --gradient_checkpointing: only so many blocks; without it all", least=0
-    )
-    compile: bool = flag(
-        False, "compile the blocks with torch.compile: needs g++, and minutes at the start; ZeRO-3 gains little"
-    )
+    recompute_blocks: int | None = flag(None, "of --gradient_checkpointing: so many blocks; without it all", least=0)
+    compile: bool = flag(False, "compile the blocks: needs g++, and minutes at the start; ZeRO-3 gains little")
     max_train_steps: int | None = flag(None, "optimizer steps; wins over --num_train_epochs", least=1)
     num_train_epochs: int = flag(1, "passes over the data", least=1)
     learning_rate: float = flag(5e-5, "peak, after warm-up", least=0)
@@ -567,11 +563,7 @@ def flush(path):
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno in (
-            errno.EIO,
-            errno.ENOSPC,
-            errno.EDQUOT,
-        ):  # others: a disk that cannot do it, mostly for folders
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):  # else: a disk that cannot flush folders
             raise
     finally:
         os.close(handle)
@@ -1471,7 +1463,6 @@ def save_checkpoint(engine, config, step, identity, skipped=0):
         for _, old in others[: len(others) - keep] if 0 <= keep < len(others) else ():
             shutil.rmtree(old, ignore_errors=True)
 
-    together(lambda: [shutil.rmtree(left) for left in folder.glob(".checkpoint-*.tmp")], RANK == 0)  # of a kill
     together(write_state)
     export(engine, aside / "transformer", config.upcast_before_saving)
     files = checksums(aside)
@@ -1533,10 +1524,10 @@ def find_checkpoint(config):
         if manifest and found == listed:
             return checkpoint, manifest
         wrong = sorted(name for name in found.keys() | listed.keys() if found.get(name) != listed.get(name))
-        what = (
+        why = (
             f"{wrong[0]} is not as it was written ({len(wrong)} such files)" if manifest else "it has no manifest.json"
         )
-        say(f"{checkpoint} is passed over: {what}")
+        say(f"{checkpoint} is passed over: {why}")
     refuse_if(present, f"{present and present[-1]}: not whole, nor is an older checkpoint; move it away to start anew")
     return None, {}
 
@@ -1925,7 +1916,7 @@ def plan(load, base, rows, held_out, steps, start):
         "a card": f"{split} = {sum(parts.values()) / 1e9:.3g} GB{room}",
         "a host": f"{host / 1e9:.3g} GB a rank for what is offloaded" if host else "nothing is offloaded",
         "disk": f"{max(disk, 0) / 1e9:.3g} GB in {c.output_dir}, {max(cache, 0) / 1e9:.3g} GB in {c.encoded_dir}",
-        "time": "not known for this device; the first steps tell",
+        "time": "not known for this device in this precision; the first steps tell",
     }  # fmt: skip
     again = recomputed(c, shape.layers)
     if cards.flops and c.mixed_precision == "bf16":
@@ -1934,12 +1925,11 @@ def plan(load, base, rows, held_out, steps, start):
         seconds = flops * c.total_batch_size / (cards.number * cards.flops * UTILISATION)
         seconds *= (3 + again / shape.layers) / 4  # UTILISATION is of runs that recompute all, one pass of four
         lines["time"] = (f"{seconds:.3g} s a step, {seconds * max(0, steps - start) / 3600:.3g} hours of training, "
-                         f"at {UTILISATION:.0%} of the peak of {cards.number} x {cards.name}")  # fmt: skip
+                         f"at {UTILISATION:.0%} of the peak of {cards.number} x {cards.name}"
+                         f"{', the optimizer on the host not counted' if host else ''}")  # fmt: skip
     enough = next((n for n in range(again) if cards.capacity and load.but(recompute_blocks=n).fits()), again)
     if enough < again:
-        lines["faster"] = (
-            f"--recompute_blocks {enough} fits as well: {again - enough} blocks are not computed twice then"
-        )
+        lines["faster"] = f"--recompute_blocks {enough} fits as well: {again - enough} blocks less are computed twice"
     if not load.fits():
         words = next((words for words, way in remedies(load) if way.fits()), "more cards")
         lines["too large"] = f"it does not fit; {words} would do"
@@ -2032,6 +2022,7 @@ def fine_tune(config, settings, base, transformer, rows, device):
     """Encode the rows, train, publish the weights -> optimizer steps. `device` is that of start_ranks."""
     c, fresh, identity = config, gather(not Path(config.output_dir).exists())[0], identity_of(config)
     lock = None if fresh else occupy(c.output_dir)  # a fresh one is not made before all refusals
+    together(lambda: [shutil.rmtree(left) for left in Path(c.output_dir).glob(".checkpoint-*.tmp")], RANK == 0)
     found, manifest = find_checkpoint(c)
     refuse_another(found, manifest, identity)
     torch.backends.cuda.matmul.allow_tf32 = c.allow_tf32

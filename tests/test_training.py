@@ -341,7 +341,7 @@ def test_torchrun_and_the_recipes_flags(out, flags):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "cv4ctrl.py"), *argv]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert "2 ranks" in done.stdout and "done: pictures in" in done.stdout and (out / "torchrun" / "checkpoint-1").is_dir()
+    assert "2 ranks" in done.stdout and "done: weights in" in done.stdout and (out / "torchrun" / "checkpoint-1").is_dir()
 
 
 @pytest.mark.long
