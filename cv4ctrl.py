@@ -483,17 +483,22 @@ def say(text):
 
 
 def heed_signals():
-    """From now on a signal only asks for a stop. The same one again, 5 s later or more, ends us at once."""
+    """From now on a signal only asks for a stop. The same one again, 5 s later or more, ends us at once.
 
-    def note(number, _):
-        first = SIGNALLED.setdefault(number, time.monotonic())
-        if time.monotonic() - first > 5:  # launchers repeat some within seconds
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-            os._exit(128 + number)  # as a container's first process we outlive that
-
+    Python hands it to the main thread, which may be waiting for other ranks; so a thread of its own reads a pipe."""
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)
+    signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
     for number in STOP_SIGNALS:
-        signal.signal(number, note)
+        signal.signal(number, lambda *_: None)
+
+    def listen():
+        while number := os.read(ours, 1)[0]:
+            now = time.monotonic()
+            if number in STOP_SIGNALS and now - SIGNALLED.setdefault(number, now) > 5:  # launchers repeat theirs soon
+                os._exit(128 + number)
+
+    threading.Thread(target=listen, daemon=True).start()
 
 
 def outlive_signals(_):
