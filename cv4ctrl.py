@@ -449,6 +449,7 @@ def occupy(folder):
     held = []
 
     def lock():
+        """ "taken", or nothing."""
         held.append(open(Path(folder, ".lock"), "a"))
         try:
             fcntl.lockf(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
