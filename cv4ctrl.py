@@ -449,7 +449,7 @@ def occupy(folder):
     held = []
 
     def lock():
-        """ "taken", or nothing."""
+        """Says "taken" where another run has it."""
         held.append(open(Path(folder, ".lock"), "a"))
         try:
             fcntl.lockf(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
