@@ -243,6 +243,28 @@ def test_a_rank_that_hangs(world, argv, tmp_path):
     assert code != 0 and "_try_get_data" in text and ("all_reduce" in text) == (world == 2), text
 
 
+def test_a_second_signal_ends_at_once(world, argv, tmp_path):
+    """To a rank whose loader worker is stuck, 5 s after the first one; what was loaded already may still have made a step and its checkpoint."""
+    run = Launched(argv(tmp_path / "run", world, max_train_steps=4000, validation_steps=4000), world, tmp_path)
+    rank = run.after(10)[-1]
+    (worker,) = rank.children()
+    worker.suspend()
+    for _ in range(2):
+        rank.terminate()
+        time.sleep(5.5)
+    assert not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE
+    worker.resume()
+    code, text = run.end(60)
+    assert code == 128 + signal.SIGTERM, text
+
+
+def test_a_disk_that_is_too_small(world, argv, tmp_path):
+    """More checkpoints than any disk takes."""
+    words = argv(tmp_path / "run", world, max_train_steps=10**9, checkpointing_steps=1, checkpoints_total_limit=0)
+    code, text = Launched(words, world, tmp_path).end()
+    assert code == 2 and "GB are free" in text and "Traceback" not in text and not (tmp_path / "run").exists(), text
+
+
 def test_bad_rows(world, argv, tmp_path):
     """Each is named by number and file; without them the run goes on, and the others are those that it would have used."""
     lines = []
