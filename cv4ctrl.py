@@ -22,7 +22,6 @@ import collections
 import contextlib
 import dataclasses
 import datetime
-import errno
 import faulthandler
 import fcntl
 import functools
@@ -36,6 +35,7 @@ import math
 import os
 import platform
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -48,6 +48,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -66,15 +67,14 @@ LATENT_CHANNELS = 16  # VAE of CogView4-6B
 PIXELS_PER_LATENT, PIXELS_PER_TOKEN = 8, 16  # the VAE reduces 8 x, the transformer takes patches of 2 x 2 latents
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the additive recurrence of lowest discrepancy in one dimension
 CACHE_FORMAT = "1"  # part of every cache key: raise it when what is stored under a key changes
-SHARD_ENTRIES = 64  # cache entries a file, 64 MB of moments at 1024 px: so much is lost at most by an interruption
+SHARD_ENTRIES, SHARD_BYTES = 64, 2**30  # of a file of the cache or the state; an interrupted encoding loses one
 PROBE_TIMESTEPS = range(100, 901, 100)  # the quantiles 0.1 .. 0.9 of uniform t; sigma is shifted from them
 SHEET_ROWS = 12  # of --log_dataset_samples
 VALIDATION_CASES = 4  # held-out rows that are drawn where no --validation_image is given
-SHARD_BYTES = 2**30  # of a file of the optimizer's state
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, as PyTorch and DeepSpeed call them
 SPIKE = 3  # a loss so many times the usual one is logged with its rows
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-SIGNALLED = {}  # when which signal first asked this process to stop
+STOPS = {}  # what asked this process to stop, and when: a signal's number, or 0 for the end of its launcher
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by every launcher
 HALF = ("fp16", "float16", "half", "fp8", "float8", "float8_e4m3fn", "float8_e5m2", "amp")  # not in ds_config.json
 DETECTORS = {  # classes of controlnet_aux that need its core packages only; all but canny load weights
@@ -97,19 +97,18 @@ NOT_HERE = {
     "num_processes": "start this file with `deepspeed --num_gpus=N` or `torchrun --nproc_per_node=N`",
 }
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv": "csv_monitor"}  # DeepSpeed's names of its monitors
-
-
-# === 2. configuration =================================================================================================
-
-
 # flags that decide which samples a run sees, and how its state looks
 IDENTITY = ("seed", "total_batch_size", "resolution", "max_sequence_length", "control", "proportion_empty_prompts",
             "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "mixed_precision",
             "only_target_transformer_blocks")  # fmt: skip
 
+# === 2. configuration, and what every room uses =======================================================================
+
 
 class Ended(Exception):
-    """The run ends: one line for stderr, and the exit code of its class."""
+    """The run ends, with one line on stderr and the exit code of the class; here a failure on which all ranks agree."""
+
+    code = 1
 
     def __str__(self):
         return " ".join(self.args[0].split())
@@ -119,12 +118,6 @@ class Refusal(Ended):
     """The request is wrong: the line says what, and how to mend it."""
 
     code = 2
-
-
-class Failure(Ended):
-    """A failure while running, on which all ranks agree."""
-
-    code = 1
 
 
 class Preempted(Ended):
@@ -156,7 +149,7 @@ def explained(why, kind=Refusal):
 
 
 def flag(default, help, **more):
-    """A field of Config that is a flag. least: smallest value allowed; choices: the values allowed."""
+    """A field of Config that is a flag. least, most: bounds of the value; choices: the values allowed."""
     return dataclasses.field(default=default, metadata={"help": help, **more})
 
 
@@ -182,7 +175,7 @@ class Config:
     max_sequence_length: int = flag(1024, "tokens after which a caption is cut", least=16)
     encoded_dir: str | None = flag(None, "cache of encoded data, may be shared; without it OUTPUT_DIR/encoded")
     output_dir: str = flag("pose-control", "where everything goes; the same command again continues there")
-    seed: int = flag(0, "of data order, timesteps, noise, caption dropout", least=0)
+    seed: int = flag(0, "of data order, timesteps, noise, caption dropout", least=0, most=2**63 - 1)
     mixed_precision: str = flag("bf16", "bf16, or no for fp32")
     train_batch_size: int = flag(8, "samples a micro-batch and rank", least=1)
     gradient_accumulation_steps: int = flag(1, "micro-batches a step and rank", least=1)
@@ -199,17 +192,17 @@ class Config:
     lr_warmup_steps: int = flag(1000, "optimizer steps of linear warm-up", least=0)
     lr_num_cycles: int = flag(1, "restarts of cosine_with_restarts", least=1)
     lr_power: float = flag(1.0, "of polynomial")
-    adam_beta1: float = flag(0.9, "decay of the first moment, 0 .. 1")
-    adam_beta2: float = flag(0.999, "decay of the second moment, 0 .. 1")
+    adam_beta1: float = flag(0.9, "decay of the first moment", least=0, most=0.999999)
+    adam_beta2: float = flag(0.999, "decay of the second moment", least=0, most=0.999999)
     adam_weight_decay: float = flag(1e-4, "decoupled weight decay", least=0)
     adam_epsilon: float = flag(1e-8, "added to the root of the second moment", least=0)
     max_grad_norm: float = flag(1.0, "gradients are clipped to this 2-norm; 0: not", least=0)
     only_target_transformer_blocks: bool = flag(False, "train the blocks and the image input layer, freeze the rest")
-    proportion_empty_prompts: float = flag(0.0, "share of samples that lose their caption, for guidance; 0 .. 1")
+    proportion_empty_prompts: float = flag(0.0, "share of samples that lose their caption", least=0, most=1)
     weighting_scheme: str = flag("none", "of timesteps or loss, as in SD3", choices=(
         "none", "sigma_sqrt", "logit_normal", "mode", "cosmap"))  # fmt: skip
     logit_mean: float = flag(0.0, "of logit_normal")
-    logit_std: float = flag(1.0, "of logit_normal, positive")
+    logit_std: float = flag(1.0, "of logit_normal", least=1e-6)
     mode_scale: float = flag(1.29, "of mode")
     dataloader_num_workers: int = flag(16, "processes a rank that read pictures and make batches; 0: none", least=0)
     checkpointing_steps: int = flag(1000, "steps between checkpoints", least=1)
@@ -233,7 +226,7 @@ class Config:
     logging_dir: str = flag("logs", "folder of the tracker under OUTPUT_DIR")
     deepspeed_config: str = flag("ds_config.json", 'the engine\'s settings, "auto" where a flag decides')
     max_skipped_steps: int = flag(10, "steps in a row without a finite gradient after which the run ends", least=1)
-    timeout_minutes: float = flag(120.0, "longest that a step, evaluation and saving included, may take", least=0.01)
+    timeout_minutes: float = flag(120.0, "limit of a step with evaluation and saving", least=0.01, most=43_200)
     dry_run: bool = flag(False, "check everything, print the plan, load nothing")
     plan_for: str | None = flag(None, "cards that --dry_run plans for, such as 8xA100-80GB, instead of those here")
 
@@ -245,8 +238,8 @@ def parse(argv=None):
     for field in dataclasses.fields(Config):
         more = {"help": f"{field.metadata['help']} [{field.default}]", "default": argparse.SUPPRESS}
         if field.type is bool:
-            off = parser.add_argument(f"--no_{field.name}", dest=field.name, action="store_false", **more)
-            off.help = "switch it off" if field.default else argparse.SUPPRESS
+            off = "switch it off" if field.default else argparse.SUPPRESS
+            parser.add_argument(f"--no_{field.name}", dest=field.name, action="store_false", **more | {"help": off})
             more["action"] = "store_true"
         else:
             more["type"] = next(kind for kind in (int, float, str) if kind.__name__ in str(field.type))
@@ -255,8 +248,8 @@ def parse(argv=None):
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher says it, the environment too
     words = sys.argv[1:] if argv is None else argv
     words = [re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in words]
-    for name, why in NOT_HERE.items():
-        refuse_if({word.partition("=")[0] for word in words} & {f"--{name}"}, f"--{name} is not taken: {why}")
+    for name in {word.partition("=")[0][2:] for word in words} & NOT_HERE.keys():
+        raise Refusal(f"--{name} is not taken: {NOT_HERE[name]}")
     values = vars(parser.parse_args(words))
     values.pop("local_rank", None)
     return Config(**values)
@@ -266,17 +259,20 @@ def resolve(config, world):
     """Config in which the batch sizes and the learning rate of `world` ranks are numbers. Raises Refusal."""
     c, together = config, config.train_batch_size * world
     for field in dataclasses.fields(c):
-        value, least = getattr(c, field.name), field.metadata.get("least", -math.inf)
-        wrong = isinstance(value, (int, float)) and not least <= value < math.inf
-        refuse_if(wrong, f"--{field.name} {value}: must be a finite number, at least {least}")
+        value, bound = getattr(c, field.name), field.metadata
+        wrong = isinstance(value, (int, float)) and not (
+            bound.get("least", -math.inf) <= value <= bound.get("most", sys.float_info.max)
+        )
+        bounds = "".join(f", at {side} {bound[side]}" for side in ("least", "most") if side in bound)
+        refuse_if(wrong, f"--{field.name} {value}: must be a finite number{bounds}")
     total = c.total_batch_size or together * c.gradient_accumulation_steps
     accumulation, rest = divmod(total, together)
     asked, micro = c.gradient_accumulation_steps, c.train_batch_size
     fits = next((size for size in range(micro, 0, -1) if total % (size * world) == 0), None)
     refuse_if(rest, f"--total_batch_size {total} is not a multiple of --train_batch_size {micro} x {world} ranks"
               f"{f'; --train_batch_size {fits} would do' if fits else ''}")  # fmt: skip
-    why = f"--total_batch_size {total} is an accumulation of {accumulation}, --gradient_accumulation_steps is {asked}"
-    refuse_if(asked not in (1, accumulation), why)
+    refuse_if(asked not in (1, accumulation), f"--total_batch_size {total} is an accumulation of {accumulation}, "
+              f"--gradient_accumulation_steps is {asked}")  # fmt: skip
     rate = c.learning_rate * (total if c.scale_lr else 1)
     return dataclasses.replace(c, total_batch_size=total, gradient_accumulation_steps=accumulation, learning_rate=rate,
                                scale_lr=False, encoded_dir=c.encoded_dir or f"{c.output_dir}/encoded")  # fmt: skip
@@ -285,25 +281,25 @@ def resolve(config, world):
 def check(config):
     """What can be known from the flags and the files that they name. Raises Refusal."""
     c, images, prompts = config, config.validation_image or [], config.validation_prompt or []
-    why = f"--mixed_precision {c.mixed_precision}: fp16 and fp8 are not supported, use bf16, or no for fp32"
-    refuse_if(c.mixed_precision not in ("bf16", "no"), why)
-    for name in ("output_dir", "pretrained_model_name_or_path"):
-        refuse_if(not getattr(c, name), f"--{name}: is empty")
-    refuse_if(c.seed >= 2**63, f"--seed {c.seed}: must be below 2^63")
-    refuse_if(c.timeout_minutes > 43_200, f"--timeout_minutes {c.timeout_minutes}: must be at most 43200, 30 days")
-    refuse_if(c.resolution % PIXELS_PER_TOKEN, f"--resolution {c.resolution}: must be a multiple of {PIXELS_PER_TOKEN}")
-    for name, most in {"proportion_empty_prompts": 1, "adam_beta1": 1 - 1e-9, "adam_beta2": 1 - 1e-9}.items():
-        refuse_if(not 0 <= getattr(c, name) <= most, f"--{name} {getattr(c, name)}: must be in 0 .. 1")
-    twice = c.jsonl_for_train and c.dataset_name != Config.dataset_name
-    refuse_if(twice, "--dataset_name and --jsonl_for_train: give one of them")
-    flat = c.lr_scheduler == "polynomial" and c.learning_rate <= 1e-7
-    refuse_if(flat, f"--learning_rate {c.learning_rate}: the polynomial schedule ends at 1e-7, begin above it")
-    refuse_if(c.logit_std <= 0, f"--logit_std {c.logit_std}: must be positive")
-    refuse_if(bool(images) != bool(prompts), "--validation_image and --validation_prompt: give both or none")
-    lost = c.detect_validation_image and (c.control == "column" or not images)
-    refuse_if(lost, "--detect_validation_image needs --validation_image and a --control other than column")
-    refuse_if(len(images) != len(prompts) and 1 not in (len(images), len(prompts)), f"--validation_image has "
-              f"{len(images)} and --validation_prompt {len(prompts)} values: one, or as many")  # fmt: skip
+    for wrong, why in (
+        (c.mixed_precision not in ("bf16", "no"),
+         f"--mixed_precision {c.mixed_precision}: fp16 and fp8 are not supported, use bf16, or no for fp32"),
+        (not c.output_dir, "--output_dir: is empty"),
+        (not c.pretrained_model_name_or_path, "--pretrained_model_name_or_path: is empty"),
+        (c.resolution % PIXELS_PER_TOKEN, f"--resolution {c.resolution}: must be a multiple of {PIXELS_PER_TOKEN}"),
+        (c.jsonl_for_train and c.dataset_name != Config.dataset_name,
+         "--dataset_name and --jsonl_for_train: give one of them"),
+        (c.lr_scheduler == "polynomial" and c.learning_rate <= 1e-7,
+         f"--learning_rate {c.learning_rate}: the polynomial schedule ends at 1e-7, begin above it"),
+        (bool(images) != bool(prompts), "--validation_image and --validation_prompt: give both or none"),
+        (len(images) != len(prompts) and 1 not in (len(images), len(prompts)), f"--validation_image has {len(images)} "
+         f"and --validation_prompt {len(prompts)} values: one, or as many"),
+        (c.detect_validation_image and (c.control == "column" or not images),
+         "--detect_validation_image needs --validation_image and a --control other than column"),
+        (c.compile and not shutil.which("g++"), "--compile needs g++ on PATH"),
+        (c.plan_for and not c.dry_run, "--plan_for is for --dry_run"),
+    ):  # fmt: skip
+        refuse_if(wrong, why)
     for path in images:
         with explained(f"--validation_image {path}"):
             Image.open(path).load()
@@ -312,107 +308,20 @@ def check(config):
         writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
         refuse_if(not writable, f"--{name} {path}: {there} is not a folder that can be written to")
         refuse_if(set("[]*?") & set(str(path)), f"--{name} {path}: names with []*? are patterns to libraries")
-    refuse_if(c.compile and not shutil.which("g++"), "--compile needs g++ on PATH")
-    check_trackers(c)
-
-
-def check_trackers(config):
-    """Those of --report_to are installed, and somebody is logged in. Raises Refusal."""
-    c = config
     for name in ("tensorboard", "wandb"):
-        refuse_if(c.report_to in (name, "all") and not importlib.util.find_spec(name),
-                  f"--report_to {c.report_to} needs {name}, which is not installed: pip install {name}")  # fmt: skip
+        missing = c.report_to in (name, "all") and not importlib.util.find_spec(name)
+        refuse_if(missing, f"--report_to {c.report_to} needs {name}, which is not installed: pip install {name}")
     if c.report_to in ("wandb", "all") and RANK == 0 and not {"WANDB_API_KEY", "WANDB_MODE"} & os.environ.keys():
-        logged_in = True
+        known = True
         with contextlib.suppress(Exception):  # no network, another version: then the tracker will say so
-            logged_in = importlib.import_module("wandb").login(prompt=False, verify=False)
-        refuse_if(not logged_in, f"--report_to {c.report_to}: log in with `wandb login`, or set WANDB_MODE=offline")
+            known = importlib.import_module("wandb").login(prompt=False, verify=False)
+        refuse_if(not known, f"--report_to {c.report_to}: log in with `wandb login`, or set WANDB_MODE=offline")
 
 
 def existing(path):
     """The path, or what of it is there already."""
     path = Path(path).absolute()
     return next(p for p in (path, *path.parents) if os.path.exists(p))
-
-
-def engine_file(name):
-    """(file name, its settings, those that this file reads filled in). Raises Refusal, also for half precision."""
-    path = Path(name)
-    path = path if path.exists() or path.is_absolute() else Path(__file__).parent / path
-    with explained(f"--deepspeed_config {path} (a JSON file is expected)"):
-        settings = json.loads(path.read_text())
-    refuse_if(not isinstance(settings, dict), f"--deepspeed_config {path}: must be a JSON object")
-    objects = ["zero_optimization", "zero_optimization.offload_optimizer", "bf16", "data_types"]
-    objects += ["optimizer", "optimizer.params"]
-    for key, value in walk(settings):
-        refuse_if(key in objects and not isinstance(value, dict), f"{path.name}: {key} must be a JSON object")
-        asked = key in [f"{name}.enabled" for name in HALF] and value is not False
-        asked = asked or str(value).lower().removeprefix("torch.") in HALF
-        refuse_if(asked, f"{path.name} says {key} = {value!r}: fp16 and fp8 are not supported, use bf16 or fp32")
-    zero = settings.setdefault("zero_optimization", {})
-    stage, bucket = zero.setdefault("stage", 0), zero.setdefault("reduce_bucket_size", 5e8)  # DeepSpeed's defaults
-    device = zero.setdefault("offload_optimizer", {}).setdefault("device", "none")
-    kind = settings.get("optimizer", {"type": "AdamW"}).get("type")
-    trackers = ", ".join({*TRACKERS.values(), "comet"} & settings.keys())
-    for wrong, why in (
-        (stage not in ("auto", 0, 1, 2, 3), f"zero_optimization.stage = {stage!r}: must be 0, 1, 2 or 3"),
-        (not isinstance(bucket, (int, float)), f"reduce_bucket_size = {bucket!r}: must be a number"),
-        ("scheduler" in settings, "a scheduler, which contradicts --lr_scheduler: remove it"),
-        (kind not in ("Adam", "AdamW"), f"optimizer.type = {kind}: only Adam and AdamW are known"),
-        ("optimizer" in settings and stage == 0, "an optimizer of its own, which needs ZeRO stage 1 to 3"),
-        ("cpu_offload" in zero, "cpu_offload, which is an old name: write offload_optimizer"),
-        (device == "cpu" and stage == 0, "offload_optimizer, which needs ZeRO stage 1 to 3"),
-        ("nvme" in dict(walk(settings)).values(), "nvme, to which nothing can be offloaded here: use cpu"),
-        (trackers, f"{trackers}, but --report_to decides on trackers: remove it from the file"),
-    ):
-        refuse_if(wrong, f"{path.name} says {why}")
-    return path.name, settings
-
-
-def engine_settings(config):
-    """ds_config.json with every "auto" replaced by what the flags say -> dict for deepspeed.initialize.
-
-    Raises Refusal for half precision, and where file and flag say different things: it names both."""
-    c, (file, settings) = config, engine_file(config.deepspeed_config)
-    owned = {  # key in the file: (the flag that decides it, its value)
-        "train_micro_batch_size_per_gpu": ("train_batch_size", c.train_batch_size),
-        "gradient_accumulation_steps": ("gradient_accumulation_steps", c.gradient_accumulation_steps),
-        "train_batch_size": ("total_batch_size", c.total_batch_size),
-        "gradient_clipping": ("max_grad_norm", c.max_grad_norm),
-        "bf16.enabled": ("mixed_precision", c.mixed_precision == "bf16"),
-        "optimizer.params.lr": ("learning_rate", c.learning_rate),
-        "optimizer.params.betas": ("adam_beta1", [c.adam_beta1, c.adam_beta2]),
-        "optimizer.params.eps": ("adam_epsilon", c.adam_epsilon),
-        "optimizer.params.weight_decay": ("adam_weight_decay", c.adam_weight_decay),
-    }
-    for key, (name, value) in owned.items():
-        *sections, last = key.split(".")
-        if sections[:1] == ["optimizer"] and "optimizer" not in settings:
-            continue  # the file leaves the optimizer to us
-        section = functools.reduce(lambda node, part: node.setdefault(part, {}), sections, settings)
-        said = section.setdefault(last, "auto")
-        refuse_if(said not in ("auto", value), f"{file} says {key} = {json.dumps(said)}, --{name} makes it "
-                  f"{json.dumps(value)}: they contradict; write \"auto\" in the file")  # fmt: skip
-        section[last] = value
-    types, stage = settings.get("data_types", {}), settings["zero_optimization"]["stage"]
-    if types.get("grad_accum_dtype") == "auto":  # fp32; DeepSpeed's stage 0 knows only the model's own type
-        types["grad_accum_dtype"] = "bf16" if c.mixed_precision == "bf16" and stage == 0 else "fp32"
-    for key, value in walk(settings):
-        refuse_if(value == "auto" and key != "zero_optimization.offload_optimizer.device",  # that is choose_offload's
-                  f"{file} says {key} = \"auto\", but no flag decides it: give a value")  # fmt: skip
-    checked = settings["bf16"].setdefault("check_grad_overflow", True)
-    refuse_if(not checked, f"{file} switches bf16.check_grad_overflow off: one NaN would end in the weights")
-    return settings
-
-
-def walk(node, prefix=""):
-    """Nodes of a nested dict as ("a.b.c", value)."""
-    for key, value in node.items():
-        yield prefix + key, value
-        yield from walk(value, f"{prefix}{key}.") if isinstance(value, dict) else ()
-
-
-# --- what every room uses: ranks that agree, words and signals, files
 
 
 def gather(item):
@@ -423,7 +332,7 @@ def gather(item):
 
 
 def together(work, mine=True):
-    """work() on the ranks where `mine` -> all results; where one cannot read or write, all end. Raises Failure."""
+    """work() on the ranks where `mine` -> all results; where one cannot read or write, all end. Raises Ended."""
     result = trouble = None
     try:
         result = work() if mine else None
@@ -431,12 +340,12 @@ def together(work, mine=True):
         trouble = f"rank {RANK}: {getattr(error, 'filename', None) or 'a file'}: {reason(error)}"
     results, troubles = zip(*gather((result, trouble)))
     if any(troubles):
-        raise Failure(next(filter(None, troubles)))
+        raise Ended(next(filter(None, troubles)))
     return results
 
 
 def make_shared(folder):
-    """Make a folder; all ranks must see the same one. Raises Refusal, Failure."""
+    """Make a folder; all ranks must see the same one. Raises Refusal, Ended."""
     token = gather(Path(folder, f".{os.getpid()}.tmp"))[0]
     together(lambda: (token.parent.mkdir(parents=True, exist_ok=True), token.touch()), RANK == 0)
     blind = [rank for rank, seen in enumerate(gather(token.exists())) if not seen]
@@ -445,22 +354,18 @@ def make_shared(folder):
 
 
 def occupy(folder):
-    """Lock FOLDER/.lock -> what rank 0 must keep; what it forks does not hold the lock. Raises Refusal, Failure."""
-    held = []
+    """Lock FOLDER/.lock -> the file, to be kept: a POSIX lock ends with its process and is not inherited.
 
-    def lock():
-        """Says "taken" where another run has it."""
-        held.append(open(Path(folder, ".lock"), "a"))
-        try:
-            fcntl.lockf(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                return "taken"
-            say(f"{folder}: this disk has no locks ({reason(error)}); see to it that no second run starts there")
-
-    taken = together(lock, RANK == 0)[0]
-    refuse_if(taken, f"--output_dir {folder}: another run is at work there")
-    return held
+    Raises Refusal."""
+    file, taken = open(Path(folder, ".lock"), "a") if RANK == 0 else None, False
+    try:
+        file and fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        taken = True
+    except OSError as error:
+        say(f"{folder}: this disk has no locks ({reason(error)}); see to it that no second run starts there")
+    refuse_if(gather(taken)[0], f"--output_dir {folder}: another run is at work there")
+    return file
 
 
 class PlainLines(io.TextIOBase):
@@ -483,8 +388,20 @@ def say(text):
         tqdm.write(f"cv4ctrl.py: {text}", file=sys.stderr)
 
 
-def heed_signals():
-    """From now on a signal only asks for a stop. The same one again, 5 s later or more, ends us at once.
+def launchers():
+    """Process ids of what launched this rank: torchrun, or the two processes of deepspeed; [] where nobody did.
+
+    Not all of them pass on what ends them. Whose launcher has ended, be it as a zombie, belongs to another process."""
+    if "LOCAL_RANK" not in os.environ:
+        return []
+    with contextlib.suppress(psutil.Error):  # hidden by the system, or ended just now
+        parent = psutil.Process(os.getppid())
+        return [parent.pid, parent.ppid()] if "deepspeed.launcher.launch" in parent.cmdline() else [parent.pid]
+    return [os.getppid()]
+
+
+def heed_signals(launched_by):
+    """From now on a signal or the end of a launcher only asks for a stop, in STOPS; the same signal again ends us.
 
     Python hands it to the main thread, which may be waiting for other ranks; so a thread of its own reads a pipe."""
     ours, theirs = os.pipe()
@@ -494,10 +411,13 @@ def heed_signals():
         signal.signal(number, lambda *_: None)
 
     def listen():
-        while number := os.read(ours, 1)[0]:
+        while True:
+            heard = os.read(ours, 1)[0] if select.select([ours], [], [], 1)[0] else None
             now = time.monotonic()
-            if number in STOP_SIGNALS and now - SIGNALLED.setdefault(number, now) > 5:  # launchers repeat theirs soon
-                os._exit(128 + number)
+            if heard in STOP_SIGNALS and now - STOPS.setdefault(heard, now) > 5:  # launchers repeat theirs soon
+                os._exit(128 + heard)
+            if launched_by != launchers():
+                STOPS.setdefault(0, now)
 
     threading.Thread(target=listen, daemon=True).start()
 
@@ -517,40 +437,9 @@ def outlive_signals(_):
     threading.Thread(target=wait, daemon=True).start()
 
 
-@functools.cache
-def launchers():
-    """deepspeed's or torchrun's processes above us, if the system shows them: not all pass on what ends them."""
-    import psutil
-
-    pattern = r"(^|/)(deepspeed|torchrun)( |$)|-m (deepspeed\.launcher|torch\.distributed)"
-    try:
-        above = {p: p.as_dict(["cmdline"])["cmdline"] or [] for p in psutil.Process().parents()}
-        return [p for p, words in above.items() if re.search(pattern, " ".join(words[:5]))]
-    except psutil.AccessDenied:
-        return []
-    except psutil.NoSuchProcess:  # ended while we looked
-        return launchers.__wrapped__()
-
-
-@functools.lru_cache(maxsize=1)
-def orphaned(second):
-    """Has what launched us ended, be it as a zombie? Looked up once a second."""
-    import psutil
-
-    try:
-        return not all(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in launchers())
-    except psutil.NoSuchProcess:
-        return True
-
-
-def asked_to_stop():
-    """By a signal, or by the end of what launched us."""
-    return bool(SIGNALLED) or orphaned(int(time.monotonic()))
-
-
 def stop_if_asked():
     """All ranks end where one was asked to. Raises Preempted."""
-    if any(gather(asked_to_stop())):
+    if any(gather(bool(STOPS))):
         raise Preempted("stopped by a signal before a step; what is encoded is kept, the same command goes on")
 
 
@@ -563,26 +452,21 @@ def digest(*parts):
     return hash.hexdigest()
 
 
-def flush(path):
-    """A file or folder from the cache to the disk, so that a power cut does not take it back."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):  # else: a disk that cannot flush folders
-            raise
-    finally:
-        os.close(handle)
+def file_digest(file):
+    """SHA-256 of a file."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_aside(file, write):
-    """write(path) to a file beside `file`, which then takes its place whole, readable as the umask has it."""
+    """write(path) to a file beside `file`, which then takes its place: whole, on the disk, readable as umask has it."""
     aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     aside.touch()
     mode = aside.stat().st_mode
     write(aside)
     aside.chmod(mode)  # safetensors makes files that only their owner can read
-    flush(aside)
+    with open(aside, "rb") as stream:
+        os.fsync(stream.fileno())
     os.replace(aside, file)
 
 
@@ -697,12 +581,6 @@ def trains(name, only_blocks):
     return not only_blocks or name.startswith(("transformer_blocks.", "patch_embed.proj."))
 
 
-def choose_trainable(model, only_blocks):
-    """Gradients only for what trains."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trains(name, only_blocks))
-
-
 def recomputed(config, layers):
     """Transformer blocks, of so many layers, whose activations are not kept but computed again."""
     asked = layers if config.recompute_blocks is None else config.recompute_blocks
@@ -802,6 +680,26 @@ class Row(NamedTuple):
     caption: str
 
 
+class Encoded(NamedTuple):
+    """The encoded data set."""
+
+    index: dict
+    train: list
+    held_out: list
+    cases: list
+    empty: str  # key of the embedding of ""
+    scaling: float  # of the VAE's latents, 1 for CogView4-6B; the pipeline uses no shift
+
+    def entry(self, key):
+        """A caption's embedding (T, 4096), or a picture's posterior moments (32, h, w), bf16."""
+        return open_shard(self.index[key][0]).get_tensor(key)
+
+    def latent(self, key, eps=None):
+        """A draw from a picture's posterior, its mean without eps; (16, h, w) fp32."""
+        mean, log_variance = self.entry(key).float().chunk(2)
+        return self.scaling * (mean if eps is None else mean + (0.5 * log_variance.clamp(-30, 20)).exp() * eps)
+
+
 def open_dataset(config):
     """The data set, its image columns undecoded. Raises Refusal."""
     import datasets
@@ -811,18 +709,19 @@ def open_dataset(config):
     kind = "json" if c.jsonl_for_train else "parquet" if Path(name).is_file() else None
     where = {"path": kind, "data_files": name} if kind else {"path": name, "name": c.dataset_config_name}
     with explained(f"data set {name}"):
-        local = c.jsonl_for_train or Path(name).is_absolute()  # the library would ask the hub for what is not there
+        local = c.jsonl_for_train or name.startswith((".", "/")) or name.count("/") > 1  # no name of the hub
         empty = local and Path(name).stat().st_size == 0
         rows = [] if empty else datasets.load_dataset(**where, split="train", cache_dir=c.cache_dir)
     refuse_if(len(rows) == 0, f"data set {name}: it is empty")
     for flag, kind in dict(image_column="image", conditioning_image_column="image", caption_column="list").items():
-        column, needed = getattr(c, flag), c.control == "column" or flag != "conditioning_image_column"
-        lacks = f"--{flag} {column}: data set {name} has no such column, but {', '.join(rows.features)}"
-        refuse_if(needed and column not in rows.features, lacks)
-        feature = rows.features.get(column)
+        column, feature = getattr(c, flag), rows.features.get(getattr(c, flag))
+        if flag == "conditioning_image_column" and c.control != "column":
+            continue
+        refuse_if(feature is None, f"--{flag} {column}: data set {name} has no such column, but "
+                  f"{', '.join(rows.features)}")  # fmt: skip
         found = "image" if isinstance(feature, (datasets.Image, dict)) else getattr(feature, "dtype", None) or "list"
-        wrong = needed and found not in (kind, "string", "large_string", "null")
-        refuse_if(wrong, f"--{flag} {column}: data set {name} has {found} there, a string or {kind} is expected")
+        refuse_if(found not in (kind, "string", "large_string", "null"), f"--{flag} {column}: data set {name} has "
+                  f"{found} there, a string or {kind} is expected")  # fmt: skip
         if isinstance(feature, datasets.Image):
             rows = rows.cast_column(column, datasets.Image(decode=False))
     return rows.select(range(min(len(rows), c.max_train_samples or len(rows))))
@@ -909,35 +808,13 @@ def read_index(folder):
     """Key -> (file, length of the first axis, which counts an embedding's tokens) of all whole files of the cache."""
     index = {}
     for file in sorted(Path(folder).glob("[!.]*.safetensors")):
-        try:
+        with contextlib.suppress(SafetensorError):  # cut short by a crash or a full disk: encoded again
             with safe_open(file, "pt") as shard:
                 index |= {key: (file, shard.get_slice(key).get_shape()[0]) for key in shard.keys()}
-        except SafetensorError:
-            continue  # cut short by a crash or a full disk: its entries are encoded again
     return index
 
 
 open_shard = functools.lru_cache(maxsize=128)(functools.partial(safe_open, framework="pt"))
-
-
-class Encoded(NamedTuple):
-    """The encoded data set."""
-
-    index: dict
-    train: list
-    held_out: list
-    cases: list
-    empty: str  # key of the embedding of ""
-    scaling: float  # of the VAE's latents, 1 for CogView4-6B; the pipeline uses no shift
-
-    def entry(self, key):
-        """A caption's embedding (T, 4096), or a picture's posterior moments (32, h, w), bf16."""
-        return open_shard(self.index[key][0]).get_tensor(key)
-
-    def latent(self, key, eps=None):
-        """A draw from a picture's posterior, its mean without eps; (16, h, w) fp32."""
-        mean, log_variance = self.entry(key).float().chunk(2)
-        return self.scaling * (mean if eps is None else mean + (0.5 * log_variance.clamp(-30, 20)).exp() * eps)
 
 
 def fingerprint(folder):
@@ -950,15 +827,9 @@ def fingerprint(folder):
     return digest(*parts)
 
 
-def file_digest(file):
-    """SHA-256 of a file."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def find_rows(config, base, rows):
     """Keys of everything -> ([Row], [BadRow], validation cases, key of ""); the reading is split over the ranks."""
-    c, encoders = config, None
+    c, encoders, made = config, None, [config.control] * (config.control != "column")
     if RANK == 0:
         text = fingerprint(base / "text_encoder"), fingerprint(base / "tokenizer"), c.max_sequence_length
         encoders = digest(CACHE_FORMAT, fingerprint(base / "vae"), c.resolution), digest(CACHE_FORMAT, *text)
@@ -967,38 +838,35 @@ def find_rows(config, base, rows):
     def keys(id):
         """Row of a number, or why it cannot be used."""
         try:
-            row, made = rows[id], c.control != "column"
+            row = rows[id]
             image, caption = image_bytes(c, id, row, c.image_column)[0], caption_text(c, id, row)
             control = image if made else image_bytes(c, id, row, c.conditioning_image_column)[0]
-            return Row(id, caption, digest(picture, image), control_key(control, made), digest(text, caption))
         except BadRow as error:
             return error
-
-    def control_key(content, made):
-        return digest(picture, c.control, content) if made else digest(picture, content)
+        return Row(id, caption, digest(picture, image), digest(picture, *made, control), digest(text, caption))
 
     mine = progress(range(RANK, len(rows), WORLD), "reading rows")
-    found = sum(gather([keys(id) for id in mine if not asked_to_stop()]), [])
+    found = sum(gather([keys(id) for id in mine if not STOPS]), [])
     stop_if_asked()
     bad, found = [r for r in found if isinstance(r, BadRow)], sorted(r for r in found if isinstance(r, Row))
-    images, prompts = c.validation_image or [], c.validation_prompt or []
+    images, prompts, cases = c.validation_image or [], c.validation_prompt or [], []
     pairs = zip(images * (len(prompts) if len(images) == 1 else 1), prompts * (len(images) if len(prompts) == 1 else 1))
-    contents = [(path, prompt, Path(path).read_bytes()) for path, prompt in pairs]
-    cases = [Row(None, prompt, path, control_key(content, c.detect_validation_image), digest(text, prompt))
-             for path, prompt, content in contents]  # fmt: skip
+    for path, prompt in pairs:
+        control = digest(picture, *(made if c.detect_validation_image else ()), Path(path).read_bytes())
+        cases.append(Row(None, prompt, path, control, digest(text, prompt)))
     return found, bad, cases, digest(text, "")
 
 
 def encode(config, base, rows, device):
     """Encode what the cache lacks, the work split over the ranks -> Encoded. Raises Refusal for unusable rows."""
-    c, folder = config, Path(config.encoded_dir)
-    for file in folder.glob(".*.tmp") if RANK == 0 else ():
-        with contextlib.suppress(OSError):  # another run that shares the cache may clean up as well
-            time.time() - file.stat().st_mtime < 3600 or file.unlink()  # left by a crash; a younger one may be in use
+    c, folder, broken = config, Path(config.encoded_dir), {}
     found, bad, cases, empty = find_rows(c, base, rows)
     refuse_if(bad and not c.skip_bad_rows, f"{bad and bad[0]} ({len(bad)} of {len(rows)} rows are such; "
               "--skip_bad_rows leaves them out)")  # fmt: skip
     make_shared(folder)
+    for file in folder.glob(".*.tmp") if RANK == 0 else ():
+        with contextlib.suppress(OSError):  # another run that shares the cache may clean up as well
+            time.time() - file.stat().st_mtime < 3600 or file.unlink()  # left by a crash; a younger one may be in use
     column = c.conditioning_image_column if c.control == "column" else c.image_column
     made = c.control if c.detect_validation_image else "column"
     pictures = {case.control: (None, case.image, made) for case in cases}
@@ -1006,11 +874,11 @@ def encode(config, base, rows, device):
         pictures |= {row.image: (row.id, c.image_column, "column"), row.control: (row.id, column, c.control)}
     captions = {empty: ""} | {row.caption: row.text for row in (*found, *cases)}
 
-    index, broken = gather(read_index(folder) if RANK == 0 else None)[0], {}  # one index for all: others write already
-    lacking = [(key, *what) for key, what in pictures.items() if key not in index][RANK::WORLD]
-    together(lambda: store(folder, picture_entries(c, base, rows, lacking, device, broken)))
-    lacking = [(key, text) for key, text in captions.items() if key not in index][RANK::WORLD]
-    together(lambda: store(folder, caption_entries(c, base, lacking, device)))
+    index = gather(read_index(folder) if RANK == 0 else None)[0]  # one for all: others write already
+    mine = [(key, *what) for key, what in pictures.items() if key not in index][RANK::WORLD]
+    together(lambda: store(folder, picture_entries(c, base, rows, mine, device, broken)))
+    mine = [(key, text) for key, text in captions.items() if key not in index][RANK::WORLD]
+    together(lambda: store(folder, caption_entries(c, base, mine, device)))
     stop_if_asked()
     gc.collect()  # the encoders are gone before the transformer is loaded
     torch.cuda.empty_cache()
@@ -1022,25 +890,17 @@ def encode(config, base, rows, device):
     refuse_if(any(case.control in broken for case in cases), f"--validation_image: {first}")
     if left_out:
         say(f"left out {left_out} rows that cannot be used, the first: {first}")
-    index = gather(read_index(folder) if RANK == 0 else None)[0]
-    wanted = {key for row in (*usable, *cases) for key in row[-2:]} | {row.image for row in usable} | {empty}
-    if wanted - index.keys():
-        raise RuntimeError(f"{len(wanted - index.keys())} entries vanished from {folder} while encoding")
-    train, held_out = hold_out(usable, c.probe_samples)
+    # held out is at most a tenth, chosen by content, so that no row moves the others
+    ordered = sorted(usable, key=lambda row: (digest("held out", row.image, row.caption), row.id))
+    chosen = set(ordered[: min(c.probe_samples, len(usable) // 10)])
+    train, held_out = ([row for row in usable if (row in chosen) == out] for out in (False, True))
     cases = [case._replace(image=None) for case in cases] or held_out[:VALIDATION_CASES]
     scaling = json.loads((base / "vae" / "config.json").read_text())["scaling_factor"]
-    return Encoded(index, train, held_out, cases, empty, scaling)
-
-
-def hold_out(rows, wanted):
-    """(rows to train on, rows to evaluate on): at most a tenth, chosen by content, so that no row moves the others."""
-    chosen = sorted(rows, key=lambda row: (digest("held out", row.image, row.caption), row.id))
-    chosen = set(chosen[: min(wanted, len(rows) // 10)])
-    return [row for row in rows if row not in chosen], [row for row in rows if row in chosen]
+    return Encoded(gather(read_index(folder) if RANK == 0 else None)[0], train, held_out, cases, empty, scaling)
 
 
 def load_options(config, folder):
-    """How diffusers shall load the frozen parts of a base: the files that check_weights has seen."""
+    """How diffusers shall load the frozen parts of a base: the files that check_base has seen."""
     there = any(f".{config.variant}" in file.name for file in weight_files(folder, config.variant))
     variant = config.variant if there else None
     return dict(dtype=torch.bfloat16, use_safetensors=True, low_cpu_mem_usage=False, variant=variant)
@@ -1057,11 +917,11 @@ def picture_entries(config, base, rows, todo, device, broken):
     """Posterior moments (32, h, w) of the pictures in `todo`; what cannot be read goes to `broken` by its key."""
     if not todo:
         return
-    vae, workers = load_vae(config, base).to(device), min(config.dataloader_num_workers, len(todo))
-    loader = DataLoader(todo, None, collate_fn=functools.partial(read_picture, config, rows), num_workers=workers,
-                        worker_init_fn=outlive_signals)  # fmt: skip
+    vae, read = load_vae(config, base).to(device), functools.partial(read_picture, config, rows)
+    workers = min(config.dataloader_num_workers, len(todo))
+    loader = DataLoader(todo, None, collate_fn=read, num_workers=workers, worker_init_fn=outlive_signals)
     for key, pixels in progress(loader, "encoding pictures"):
-        if asked_to_stop():
+        if STOPS:
             return
         if torch.is_tensor(pixels):  # one at a time: an entry does not depend on its neighbours
             yield key, vae.encode(pixels.to(device, torch.bfloat16)).latent_dist.parameters[0]
@@ -1084,7 +944,7 @@ def caption_entries(config, base, todo, device):
     options = load_options(config, base / "text_encoder")
     pipe = CogView4ControlPipeline.from_pretrained(base, transformer=None, vae=None, **options).to(device)
     for key, text in progress(todo, "encoding captions"):
-        if asked_to_stop():
+        if STOPS:
             return
         with torch.no_grad():
             yield key, pipe.encode_prompt(text, None, False, max_sequence_length=config.max_sequence_length)[0][0]
@@ -1302,46 +1162,117 @@ def save_grid(file, titles, rows, headings):
 # What continues a run is kept by parameter, not by rank: any number of ranks and any ZeRO stage can go on from it.
 
 
-def start_ranks(minutes=120):
-    """Join the others, alone where nobody launched us -> this rank's device. minutes: how long one waits for all."""
-    logging.disable(logging.WARNING)  # its search for accelerators
+@functools.cache
+def import_deepspeed():
+    """deepspeed, without its tale of how it looks for accelerators."""
+    logging.disable(logging.WARNING)
     import deepspeed
-    from deepspeed.accelerator import get_accelerator
 
     logging.disable(logging.NOTSET)
     deepspeed.utils.logger.setLevel("WARNING")
+    return deepspeed
+
+
+def engine_settings(config):
+    """ds_config.json, "auto" replaced by what the flags say and the rest filled in -> dict for deepspeed.initialize.
+
+    Raises Refusal for half precision, and where file and flag say different things: it names both."""
+    c, path = config, Path(config.deepspeed_config)
+    path = path if path.exists() or path.is_absolute() else Path(__file__).parent / path
+    with explained(f"--deepspeed_config {path} (a JSON file is expected)"):
+        settings = dict(json.loads(path.read_text()))
+    for key, value in walk(settings):
+        half = key in [f"{name}.enabled" for name in HALF] and value is not False
+        half = half or str(value).lower().removeprefix("torch.") in HALF
+        refuse_if(half, f"{path.name} says {key} = {value!r}: fp16 and fp8 are not supported, use bf16 or fp32")
+        section = key in ("zero_optimization", "zero_optimization.offload_optimizer", "bf16", "data_types", "optimizer",
+                          "optimizer.params")  # fmt: skip
+        refuse_if(section and not isinstance(value, dict), f"{path.name}: {key} must be a JSON object")
+    owned = {  # key in the file: (the flag that decides it, its value)
+        "train_micro_batch_size_per_gpu": ("train_batch_size", c.train_batch_size),
+        "gradient_accumulation_steps": ("gradient_accumulation_steps", c.gradient_accumulation_steps),
+        "train_batch_size": ("total_batch_size", c.total_batch_size),
+        "gradient_clipping": ("max_grad_norm", c.max_grad_norm),
+        "bf16.enabled": ("mixed_precision", c.mixed_precision == "bf16"),
+        "optimizer.params.lr": ("learning_rate", c.learning_rate),
+        "optimizer.params.betas": ("adam_beta1", [c.adam_beta1, c.adam_beta2]),
+        "optimizer.params.eps": ("adam_epsilon", c.adam_epsilon),
+        "optimizer.params.weight_decay": ("adam_weight_decay", c.adam_weight_decay),
+    }
+    for key, (name, value) in owned.items():
+        *sections, last = key.split(".")
+        if sections[:1] == ["optimizer"] and "optimizer" not in settings:
+            continue  # the file leaves the optimizer to us
+        section = functools.reduce(lambda node, part: node.setdefault(part, {}), sections, settings)
+        said = section.setdefault(last, "auto")
+        refuse_if(said not in ("auto", value), f"{path.name} says {key} = {json.dumps(said)}, --{name} makes it "
+                  f"{json.dumps(value)}: they contradict; write \"auto\" in the file")  # fmt: skip
+        section[last] = value
+    complete(settings, path.name)
+    return settings
+
+
+def complete(settings, file):
+    """Fill in what this file reads of the engine's settings. Raises Refusal for what DeepSpeed or we cannot run.
+
+    "auto" is left to the device for the optimizer's state alone: choose_offload decides on it."""
+    zero, types = settings.setdefault("zero_optimization", {}), settings.get("data_types", {})
+    offload = zero.setdefault("offload_optimizer", {})
+    device = offload.pop("device", "none")
+    if types.get("grad_accum_dtype") == "auto":  # fp32; DeepSpeed's stage 0 knows only the model's own type
+        types["grad_accum_dtype"] = "fp32" if zero.get("stage") or not settings["bf16"]["enabled"] else "bf16"
+    judged = {key: value for key, value in settings.items() if key != "train_batch_size"}  # the ranks come later
+    try:
+        known = import_deepspeed().runtime.config.DeepSpeedConfig(json.loads(json.dumps(judged))).zero_config
+    except Exception as error:  # pydantic's, of which the first line says nothing, assertions, and more
+        raise Refusal(f"--deepspeed_config: DeepSpeed does not take it: {error}")
+    kind = settings.get("optimizer", {"type": "AdamW"}).get("type")
+    for wrong, why in (
+        ("scheduler" in settings, "a scheduler, which contradicts --lr_scheduler: remove it"),
+        (kind not in ("Adam", "AdamW"), f"optimizer.type = {kind}: only Adam and AdamW are known"),
+        ("optimizer" in settings and known.stage == 0, "an optimizer of its own, which needs ZeRO stage 1 to 3"),
+        (device == "cpu" and known.stage == 0, "offload_optimizer, which needs ZeRO stage 1 to 3"),
+        (device not in ("auto", "cpu", "none"), f"offload_optimizer.device = {device}: must be auto, cpu or none"),
+        ("cpu_offload" in zero, "cpu_offload, which is an old name: write offload_optimizer"),
+        ("nvme" in dict(walk(settings)).values(), "nvme, to which nothing can be offloaded here: use cpu"),
+        (not settings["bf16"].setdefault("check_grad_overflow", True),
+         "bf16.check_grad_overflow = false: one NaN would end in the weights"),
+        *((value == "auto", f'{key} = "auto", but no flag decides it: give a value') for key, value in walk(settings)),
+        *((name in settings, f"{name}, but --report_to decides on trackers: remove it from the file")
+          for name in (*TRACKERS.values(), "comet")),
+    ):  # fmt: skip
+        refuse_if(wrong, f"{file} says {why}")
+    offload["device"] = device
+    zero |= {name: getattr(known, name) for name in ("stage", "reduce_bucket_size", "overlap_comm")}
+
+
+def walk(node, prefix=""):
+    """Nodes of a nested dict as ("a.b.c", value)."""
+    for key, value in node.items():
+        yield prefix + key, value
+        yield from walk(value, f"{prefix}{key}.") if isinstance(value, dict) else ()
+
+
+def start_ranks(minutes=120):
+    """Join the others, alone where nobody launched us -> this rank's device. minutes: how long one waits for all."""
+    deepspeed = import_deepspeed()
     for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR="127.0.0.1", MASTER_PORT=0).items():
         os.environ.setdefault(name, str(value))
-    accelerator = get_accelerator()
+    accelerator = deepspeed.accelerator.get_accelerator()
     if accelerator.device_name() == "cpu":  # its shared-memory collectives want a compiler, plain gloo does not
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     torch.backends.cuda.enable_cudnn_sdp(False)  # gave NaN gradients with masks (pytorch#196678); others remain
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    with explained(f"the ranks cannot meet at {address}; another --master_port of the launcher may do", Failure):
+    with explained(f"the ranks cannot meet at {address}; another --master_port of the launcher may do", Ended):
         deepspeed.init_distributed(timeout=datetime.timedelta(minutes=minutes), verbose=False)
     return torch.device(accelerator.current_device_name())
 
 
-def check_engine(settings):
-    """DeepSpeed's own judgement of its settings, before an hour of encoding. Raises Refusal."""
-    from deepspeed.runtime.config import DeepSpeedConfig
-
-    settings = json.loads(json.dumps(settings))
-    offload = settings["zero_optimization"]["offload_optimizer"]
-    offload["device"] = offload["device"].replace("auto", "none")  # choose_offload comes later
-    try:
-        DeepSpeedConfig(settings)
-    except Exception as error:  # pydantic's, of which the first line says nothing, assertions, and more
-        raise Refusal(f"--deepspeed_config: DeepSpeed does not take it: {error}")
-
-
 def start_engine(config, settings, model):
     """deepspeed.initialize with the optimizer of ds_config.json, or ours where it has none; its moments are zeros."""
-    import deepspeed
-
-    c, parameters = config, [p for p in model.parameters() if p.requires_grad]
+    c, deepspeed, parameters = config, import_deepspeed(), [p for p in model.parameters() if p.requires_grad]
     offloaded = settings["zero_optimization"]["offload_optimizer"]["device"] != "none"
     make = deepspeed.ops.adam.DeepSpeedCPUAdam if offloaded else functools.partial(torch.optim.AdamW, fused=True)
     optimizer = None if "optimizer" in settings else make(parameters, lr=0.0)
@@ -1378,7 +1309,7 @@ def state_parts(engine):
     """(name, read, write) of what continues a run: fp32 weights and Adam's moments of all that trains, whole tensors.
 
     read() is collective above stage 0, where the ranks hold parts; write(tensor) takes this rank's part."""
-    import deepspeed.utils as zero
+    zero, stage = import_deepspeed().utils, engine.zero_optimization_stage()
 
     def write_partition(p, key, tensor):  # DeepSpeed's own reads past the end where the ranks do not divide the size
         size = p.ds_tensor.numel()
@@ -1389,13 +1320,13 @@ def state_parts(engine):
     masters = sum(getattr(engine.optimizer, "fp32_groups", []), []) or [p for _, p in trained]  # of stage 0
     for (name, p), master in zip(trained, masters):
         for key in (None, *MOMENTS):  # None: the weight itself, in DeepSpeed as well
-            if engine.zero_optimization_stage() == 0:
+            if stage == 0:
                 part = engine.basic_optimizer.state[master][key] if key else master.data
                 read, write = part.clone, part.copy_
             else:
                 read = functools.partial(zero.safe_get_full_optimizer_state, p, key)
                 set_whole = functools.partial(zero.safe_set_full_optimizer_state, p, optim_state_key=key)
-                write = functools.partial(write_partition, p, key) if hasattr(p, "ds_id") else set_whole
+                write = functools.partial(write_partition, p, key) if stage == 3 else set_whole
             yield f"{key or 'master'}.{name}", read, write
 
 
@@ -1410,12 +1341,11 @@ def load_state(engine, folder, adam_steps):
 
 def export(engine, folder, upcast):
     """Weights as CogView4Transformer2DModel.from_pretrained loads them; all ranks take part, rank 0 writes."""
-    import deepspeed
     from huggingface_hub import save_torch_state_dict
 
     state = {}
     for name, parameter in engine.module.named_parameters():
-        with deepspeed.zero.GatheredParameters(parameter):  # does nothing below ZeRO-3
+        with import_deepspeed().zero.GatheredParameters(parameter):  # does nothing below ZeRO-3
             if RANK == 0:
                 state[name] = parameter.detach().to("cpu", torch.float32 if upcast else None, copy=True)
 
@@ -1425,24 +1355,26 @@ def export(engine, folder, upcast):
         pattern = "diffusion_pytorch_model{suffix}.safetensors"
         save_torch_state_dict(state, folder, filename_pattern=pattern, max_shard_size="10GB")
         for file in folder.iterdir():
-            file.chmod((folder / "config.json").stat().st_mode)  # as in write_aside
-            flush(file)
+            file.chmod((folder / "config.json").stat().st_mode)
+            with open(file, "rb") as stream:
+                os.fsync(stream.fileno())
 
     together(write, RANK == 0)
 
 
-def checksums(folder):
-    """{relative path: [bytes, SHA-256]} of the files of a checkpoint, the reading split over the ranks."""
+def checksums(folder, content=True):
+    """{relative path: [bytes, SHA-256, or False without content]} of a checkpoint, the reading split over the ranks."""
     files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != "manifest.json")
     mine = gather(files)[0][RANK::WORLD]  # as rank 0 sees them: network disks show new files to some machines later
-    parts = together(lambda: {str(f.relative_to(folder)): [f.stat().st_size, file_digest(f)] for f in mine})
+    entry = lambda f: [f.stat().st_size, content and file_digest(f)]  # noqa: E731
+    parts = together(lambda: {str(f.relative_to(folder)): entry(f) for f in mine})
     return dict(sorted(item for part in parts for item in part.items()))
 
 
 def save_checkpoint(engine, config, step, identity, skipped=0):
     """checkpoint-<step>: state and weights written aside, the manifest with their checksums last, then renamed.
 
-    Where one rank cannot write all stop, and the older checkpoints are untouched. Raises Failure."""
+    Where one rank cannot write all stop, and the older checkpoints are untouched. Raises Ended."""
     folder, final = Path(config.output_dir), Path(config.output_dir, f"checkpoint-{step}")
     aside, base = folder / f".checkpoint-{step}.tmp", trace(config.pretrained_model_name_or_path)[0]
     parts = progress(list(state_parts(engine)), "saving", leave=False)
@@ -1459,10 +1391,10 @@ def save_checkpoint(engine, config, step, identity, skipped=0):
         """The manifest, the rename, and away with what is not kept."""
         manifest = {"step": step, "samples": step * config.total_batch_size, "skipped": skipped, "identity": identity,
                     "base": base, "files": files}  # fmt: skip
-        write_aside(aside / "manifest.json", lambda path: path.write_text(json.dumps(manifest, indent=1)))
+        text = json.dumps(manifest | {"digest": digest(json.dumps(manifest))}, indent=1)
+        write_aside(aside / "manifest.json", lambda path: path.write_text(text))
         shutil.rmtree(final, ignore_errors=True)  # of the same step, if an older checkpoint was chosen to go on from
         os.replace(aside, final)
-        flush(folder)  # before an older checkpoint goes
         # what was passed over as damaged has a higher step: it goes first, then the oldest; never the one just written
         others = sorted(checkpoints(folder).items(), key=lambda item: (item[0] <= step, item[0]))[:-1]
         keep = config.checkpoints_total_limit - 1
@@ -1481,6 +1413,15 @@ def checkpoints(folder):
     return dict(sorted((int(f.name[11:]), f) for f in found))
 
 
+def read_manifest(checkpoint):
+    """manifest.json of a checkpoint, {} where it is not as it was written."""
+    with contextlib.suppress(Exception):  # damaged in any way
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        if manifest.pop("digest") == digest(json.dumps(manifest)):
+            return manifest
+    return {}
+
+
 @functools.cache
 def trace(name):
     """(name of the base, transformer made from it or None): a checkpoint made here is a transformer, the rest is its
@@ -1488,8 +1429,8 @@ def trace(name):
     path = [Path(name), *checkpoints(name).values()][-1]  # of a run's output folder the last checkpoint
     for checkpoint in (path, path.parent) if path.name == "transformer" else (path,):
         if (checkpoint / "manifest.json").exists():
-            with explained(f"{checkpoint}: its manifest.json does not name a base"):
-                base = json.loads((checkpoint / "manifest.json").read_text())["base"]
+            base = read_manifest(checkpoint).get("base")
+            refuse_if(not base, f"{checkpoint}: its manifest.json is not as it was written")
             return trace(base)[0], checkpoint / "transformer"
     return str(Path(name).absolute()) if Path(name).is_dir() else name, None
 
@@ -1509,51 +1450,21 @@ def candidates(config):
     return chosen
 
 
-def read_manifest(checkpoint):
-    """manifest.json of a checkpoint, {} where it is none."""
-    with contextlib.suppress(OSError, ValueError):
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
-        kinds = {"step": int, "files": dict, "identity": dict}
-        whole = isinstance(manifest, dict) and all(isinstance(manifest.get(key), kinds[key]) for key in kinds)
-        return manifest if whole and all(isinstance(entry, list) for entry in manifest["files"].values()) else {}
-    return {}
-
-
-def find_checkpoint(config):
+def find_checkpoint(config, content=True):
     """(newest whole checkpoint, its manifest), or (None, {}) for a new run; all ranks agree. Raises Refusal.
 
-    Whole: all files that its manifest lists are there as they were written, and no others."""
+    Whole: all files that its manifest lists are there as they were written (without content: as large), no others."""
     present = gather(candidates(config))[0]
     for checkpoint in reversed(present):
-        found, manifest = checksums(checkpoint), gather(read_manifest(checkpoint))[0]
-        listed = manifest.get("files", {})
+        found, manifest = checksums(checkpoint, content), gather(read_manifest(checkpoint))[0]
+        listed = {name: [size, content and sha] for name, (size, sha) in manifest.get("files", {}).items()}
         if manifest and found == listed:
             return checkpoint, manifest
         wrong = sorted(name for name in found.keys() | listed.keys() if found.get(name) != listed.get(name))
-        why = (
-            f"{wrong[0]} is not as it was written ({len(wrong)} such files)" if manifest else "it has no manifest.json"
-        )
-        say(f"{checkpoint} is passed over: {why}")
+        named = wrong[0] if manifest else "manifest.json"
+        say(f"{checkpoint} is passed over: {named} is not as it was written ({len(wrong)} such files)")
     refuse_if(present, f"{present and present[-1]}: not whole, nor is an older checkpoint; move it away to start anew")
     return None, {}
-
-
-def glance(config):
-    """As find_checkpoint, but whole is what has the sizes that its manifest lists: in no time, on one rank."""
-    present = candidates(config)
-    for checkpoint in reversed(present):
-        manifest = read_manifest(checkpoint)
-        sizes = {str(f.relative_to(checkpoint)): [f.stat().st_size] for f in checkpoint.rglob("*") if f.is_file()}
-        sizes.pop("manifest.json", None)
-        if manifest and sizes == {name: entry[:1] for name, entry in manifest["files"].items()}:
-            return checkpoint, manifest
-    refuse_if(present, f"{present and present[-1]}: not whole, nor is an older checkpoint; move it away to start anew")
-    return None, {}
-
-
-def identity_of(config):
-    """What a run that goes on must have in common with the one that it goes on from, as far as the flags say it."""
-    return {name: getattr(config, name) for name in IDENTITY}
 
 
 def refuse_another(found, manifest, identity):
@@ -1613,7 +1524,7 @@ class Log:
                 del self.trackers[name]
 
     def write(self, kind, step, values):
-        """A row of figures, kind "train" or "probe"; what is None or a list goes to the file alone. Raises Failure."""
+        """A row of figures, kind "train" or "probe"; what is None or a list goes to the file alone. Raises Ended."""
 
         def write():
             with open(self.file, "a") as file:
@@ -1648,14 +1559,14 @@ def train_step(engine, frame, batches, config, rate):
         engine.backward(loss)
         engine.step()  # does nothing before the last micro-batch, nor where a gradient is not finite
         losses.append(loss.detach())
-    figures = torch.stack([torch.stack(losses).mean() / WORLD, loss.new_tensor(float(asked_to_stop()))])
+    figures = torch.stack([torch.stack(losses).mean() / WORLD, loss.new_tensor(float(bool(STOPS)))])
     dist.all_reduce(figures)
     (loss, stops), norm = figures.tolist(), engine.get_global_grad_norm()  # waits for the device: the clock is true
     return loss, norm if norm is None else float(norm), stops > 0
 
 
 def train(engine, stream, frame, base, identity, start, steps, skipped=0):
-    """Optimizer steps start + 1 .. steps, with their evaluations and checkpoints. Raises Failure and Preempted."""
+    """Optimizer steps start + 1 .. steps, with their evaluations and checkpoints. Raises Ended and Preempted."""
     c, rate, log = stream.config, schedule(stream.config, steps), Log(stream.config, start, steps)
     in_a_row, usual = 0, math.inf  # steps that came to nothing; running mean of the loss
     stop_if_asked()
@@ -1679,8 +1590,8 @@ def train(engine, stream, frame, base, identity, start, steps, skipped=0):
                 values["rows"] = [stream.row(k)[0].id for k in stream.order(step - 1)]
             log.write("train", step, values)
             if in_a_row == c.max_skipped_steps or (applied and not good):  # the latter where the engine does not check
-                raise Failure(f"no finite loss and gradient in {in_a_row} steps in a row, the last of them {step}, of "
-                              f"the rows {values['rows']}")  # fmt: skip
+                raise Ended(f"no finite loss and gradient in {in_a_row} steps in a row, the last of them {step}, of "
+                            f"the rows {values['rows']}")  # fmt: skip
             usual = usual if not good else loss if usual == math.inf else 0.95 * usual + 0.05 * loss
             if step % c.validation_steps == 0 or step == steps:
                 evaluate(engine, stream, frame, base, log, step)  # before saving: then a checkpoint has it behind it
@@ -1694,9 +1605,9 @@ def train(engine, stream, frame, base, identity, start, steps, skipped=0):
 # === 11. main =========================================================================================================
 
 
-def find_base(config, name, patterns=("*.json", "*.safetensors", "*.txt", "*.model")):
+def find_base(config, patterns=("*.json", "*.safetensors", "*.txt", "*.model")):
     """Folders of the base, fetched from the hub if it is none, and of the transformer. Raises Refusal."""
-    name, transformer = trace(name)
+    name, transformer = trace(config.pretrained_model_name_or_path)
     path = Path(name)
     if not path.is_dir():
         from huggingface_hub import snapshot_download
@@ -1707,8 +1618,8 @@ def find_base(config, name, patterns=("*.json", "*.safetensors", "*.txt", "*.mod
     return path, transformer or path / "transformer"
 
 
-def check_base(config, base, transformer):
-    """All parts are there, and are what this file knows how to train. Raises Refusal."""
+def check_base(config, base, transformer, weights=True):
+    """All parts are there, with the shards of their weights, and are what this file can train. Raises Refusal."""
     parts, name = {}, f"base {config.pretrained_model_name_or_path}"
     for file in ("model_index.json", "tokenizer/tokenizer_config.json", "scheduler/scheduler_config.json",
                  "text_encoder/config.json", "vae/config.json", "transformer/config.json"):  # fmt: skip
@@ -1724,16 +1635,12 @@ def check_base(config, base, transformer):
     shape, c = [parts["transformer"].get(key) for key in ("patch_size", "in_channels", "out_channels")], LATENT_CHANNELS
     shape += [parts["vae"].get("latent_channels")]
     refuse_if(shape not in ([2, c, c, c], [2, 2 * c, c, c]), f"{name}: patches or channels are not CogView4's: {shape}")
-
-
-def check_weights(config, base, transformer):
-    """The safetensors of all parts are there, all shards of them. Raises Refusal."""
-    for folder in (base / "text_encoder", base / "vae", transformer):
+    for folder in (base / "text_encoder", base / "vae", transformer) if weights else ():
         files = weight_files(folder, config.variant)
         index = [] if config.variant else folder.glob("*.index.json")
         shards = {shard for file in index for shard in json.loads(file.read_text())["weight_map"].values()}
         missing = shards - {file.name for file in files}
-        refuse_if(not files or missing, f"base: no safetensors in {folder}{f' for {missing}' if missing else ''}")
+        refuse_if(not files or missing, f"{name}: no safetensors in {folder}{f' for {missing}' if missing else ''}")
 
 
 # --- the plan: what a run will take of cards, disks and time, by arithmetic
@@ -1792,7 +1699,7 @@ def disk_needed(config, rows, shape, steps):
     pictures = 3 * drawn * c.resolution**2 * math.ceil(steps / c.validation_steps)  # before PNG's compression
     cache = 2 * rows * 4 * LATENT_CHANNELS * (c.resolution // PIXELS_PER_LATENT) ** 2  # two pictures' moments in bf16
     cache -= sum(file.stat().st_size for file in Path(c.encoded_dir).glob("*.safetensors"))
-    return state + pictures, cache
+    return max(state + pictures, 0), max(cache, 0)
 
 
 def check_disk(config, needs):
@@ -1801,7 +1708,7 @@ def check_disk(config, needs):
     for flag, needed in zip(("output_dir", "encoded_dir"), needs):
         there = existing(getattr(config, flag))
         disk, free = os.stat(there).st_dev, shutil.disk_usage(there).free
-        disks[disk] += max(needed, 0)  # both may be on one
+        disks[disk] += needed  # both may be on one
         refuse_if(disks[disk] > free, f"--{flag} {getattr(config, flag)}: {disks[disk] / 1e9:.1f} GB will be written, "
                   f"{free / 1e9:.1f} GB are free; fewer --checkpoints_total_limit need less")  # fmt: skip
 
@@ -1811,30 +1718,27 @@ class Load:
     """A step on its cards: what its memory follows from."""
 
     config: Config
-    settings: dict  # of the engine
+    zero: dict  # zero_optimization of the engine's settings
     shape: Shape
     cards: Cards
     tokens: int  # of its captions
 
     def but(self, device=None, **flags):
         """The same with the optimizer's state on "cpu" or, "none", on the cards; or with other flags."""
-        zero = self.settings["zero_optimization"]
-        offload = zero["offload_optimizer"] | {"device": device or zero["offload_optimizer"]["device"]}
-        settings = self.settings | {"zero_optimization": zero | {"offload_optimizer": offload}}
-        return dataclasses.replace(self, settings=settings, config=dataclasses.replace(self.config, **flags))
+        zero = self.zero | ({"offload_optimizer": {"device": device}} if device else {})
+        return dataclasses.replace(self, zero=zero, config=dataclasses.replace(self.config, **flags))
 
     def memory(self):
         """Bytes at the peak -> ({part: bytes} of a card, bytes that offloading puts into host memory a rank)."""
-        c, shape, zero = self.config, self.shape, self.settings["zero_optimization"]
+        c, shape, zero = self.config, self.shape, self.zero
         size = 2 if c.mixed_precision == "bf16" else 4
         ranks = [self.cards.number if zero["stage"] >= stage else 1 for stage in range(4)]  # that share what it cuts
         sequence = (c.resolution // PIXELS_PER_TOKEN) ** 2 + self.tokens
         again = recomputed(c, shape.layers)  # the first blocks: each is whole for a moment, when the others are gone
         kept = again + max(shape.layers - again, 1) * KEPT + PASSING
         # gradients go to the other ranks by buckets: one is filled while another is sent, flattened, and in fp32
-        overlap = bool(zero.get("overlap_comm", zero["stage"] == 3))
-        buckets = zero["reduce_bucket_size"] * ((1 + overlap) * size + (4 if size == 4 else 6))
-        away = zero["offload_optimizer"]["device"] != "none"  # but gradients are summed on the card all the same
+        buckets = zero["reduce_bucket_size"] * ((1 + zero["overlap_comm"]) * size + (4 if size == 4 else 6))
+        away = zero["offload_optimizer"]["device"] == "cpu"  # but gradients are summed on the card all the same
         parts = {
             "weights": size * shape.parameters / ranks[3],
             "gradients": 4 * shape.trained / ranks[2] + buckets,
@@ -1843,33 +1747,34 @@ class Load:
         }
         return parts, away * 18 * shape.trained / ranks[1]  # Adam's 12, gradients in fp32, weights in bf16
 
+    def total(self):
+        """Bytes of a card at the peak."""
+        return sum(self.memory()[0].values())
+
     def fits(self):
         """On a card, as far as its memory is known?"""
-        return sum(self.memory()[0].values()) <= ROOM * (self.cards.capacity or math.inf)
+        return self.total() <= ROOM * (self.cards.capacity or math.inf)
 
 
 def choose_offload(load):
-    """The engine's settings, offload_optimizer.device "auto" made cpu where a step fits on a card only so; says why."""
-    zero = load.settings["zero_optimization"]
-    if zero["offload_optimizer"]["device"] != "auto":
-        return load.settings
+    """offload_optimizer.device, "auto" made cpu where a step fits on a card only so; says why."""
     here, away = load.but("none"), load.but("cpu")
-    if here.fits() or zero["stage"] == 0:
-        return here.settings
-    needed = [sum(way.memory()[0].values()) / 1e9 for way in (here, away)]
-    has = f"with captions of {load.tokens} tokens a step takes {needed[0]:.0f} GB a card, {needed[1]:.0f} without the "
-    has += f"optimizer; it may take {ROOM * load.cards.capacity / 1e9:.0f} of {load.cards.name}"
+    if load.zero["offload_optimizer"]["device"] != "auto":
+        return load.zero["offload_optimizer"]["device"]
+    if here.fits() or load.zero["stage"] == 0:
+        return "none"
+    has = (f"with captions of {load.tokens} tokens a step takes {here.total() / 1e9:.0f} GB a card, "
+           f"{away.total() / 1e9:.0f} without the optimizer; it may take {ROOM * load.cards.capacity / 1e9:.0f} of "
+           f"{load.cards.name}")  # fmt: skip
     if away.fits():
         say(f"{has}: the optimizer goes to host memory; offload_optimizer.device in ds_config.json decides otherwise")
-        return away.settings
-    load.config.dry_run or say(f"{has}: --dry_run says what would do")
-    return here.settings
+    elif not load.config.dry_run:
+        say(f"{has}: --dry_run says what would do")
+    return "cpu" if away.fits() else "none"
 
 
 def check_offload(load):
     """Every machine has the memory, and the compiler, for what is offloaded. Raises Refusal, on all ranks."""
-    import psutil
-
     here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))  # torchrun's name, deepspeed's name
     host = load.memory()[1]
     machines = gather((here * host / 1e9, psutil.virtual_memory().available / 1e9))
@@ -1889,6 +1794,7 @@ def remedies(load):
                 flags = f"--gradient_checkpointing --train_batch_size {size} --total_batch_size {total}"
                 flags += " without --recompute_blocks" * (load.config.recompute_blocks is not None)
                 yield words + flags, way.but(gradient_checkpointing=True, recompute_blocks=None, train_batch_size=size)
+    yield "more cards", load.but(train_batch_size=0)
 
 
 def token_counts(config, base, rows, most=10_000):
@@ -1919,9 +1825,9 @@ def plan(load, base, rows, held_out, steps, start):
         "steps": f"{steps} of {c.total_batch_size} samples, {epochs:.2f} epochs" + f"; {start} are done" * (start > 0),
         "to encode": f"at most {2 * len(rows)} pictures and {len(rows) + 1} captions, less the "
                      f"{len(read_index(c.encoded_dir))} entries that the cache holds",
-        "a card": f"{split} = {sum(parts.values()) / 1e9:.3g} GB{room}",
+        "a card": f"{split} = {load.total() / 1e9:.3g} GB{room}",
         "a host": f"{host / 1e9:.3g} GB a rank for what is offloaded" if host else "nothing is offloaded",
-        "disk": f"{max(disk, 0) / 1e9:.3g} GB in {c.output_dir}, {max(cache, 0) / 1e9:.3g} GB in {c.encoded_dir}",
+        "disk": f"{disk / 1e9:.3g} GB in {c.output_dir}, {cache / 1e9:.3g} GB in {c.encoded_dir}",
         "time": "not known for this device in this precision; the first steps tell",
     }  # fmt: skip
     again = recomputed(c, shape.layers)
@@ -1970,16 +1876,8 @@ def publish(config, checkpoint):
             shutil.copyfile(file, final)
 
 
-def open_repository(config):
-    """Id of the repository for --push_to_hub, made at the start: no run ends without it. Raises Refusal."""
-    from huggingface_hub import create_repo
-
-    with explained("--push_to_hub (log in with `hf auth login`, or set HF_TOKEN)"):
-        return create_repo(config.hub_model_id or Path(config.output_dir).name, exist_ok=True).repo_id
-
-
 def push(config, repository, steps):
-    """Upload the weights, the figures, the last picture and a model card. Raises Failure."""
+    """Upload the weights, the figures, the last picture and a model card. Raises Ended."""
     from huggingface_hub import ModelCardData, upload_folder
 
     c, folder, picture = config, Path(config.output_dir), f"validation/step-{steps}.png"
@@ -2009,7 +1907,7 @@ pipe("caption", control_image=load_image("control.png"), height={c.resolution}, 
 """
     files = ["README.md", "config.json", "diffusion_pytorch_model*", "metrics.jsonl", picture]
     by_hand = shlex.join(["hf", "upload", repository, str(folder), ".", *(f"--include={file}" for file in files)])
-    with explained(f"--push_to_hub: the weights are in {folder}, `{by_hand}` uploads them", Failure):
+    with explained(f"--push_to_hub: the weights are in {folder}, `{by_hand}` uploads them", Ended):
         (folder / "README.md").write_text(card)
         upload_folder(repo_id=repository, folder_path=folder, allow_patterns=files)
 
@@ -2026,8 +1924,9 @@ def count_steps(config, rows):
 
 def fine_tune(config, settings, base, transformer, rows, device):
     """Encode the rows, train, publish the weights -> optimizer steps. `device` is that of start_ranks."""
-    c, fresh, identity = config, gather(not Path(config.output_dir).exists())[0], identity_of(config)
-    lock = None if fresh else occupy(c.output_dir)  # a fresh one is not made before all refusals
+    c, identity = config, {name: getattr(config, name) for name in IDENTITY}
+    make_shared(c.output_dir)
+    lock = occupy(c.output_dir)  # noqa: F841  # kept until we return
     together(lambda: [shutil.rmtree(left) for left in Path(c.output_dir).glob(".checkpoint-*.tmp")], RANK == 0)
     found, manifest = find_checkpoint(c)
     refuse_another(found, manifest, identity)
@@ -2037,15 +1936,12 @@ def fine_tune(config, settings, base, transformer, rows, device):
     content = digest(*(part for row in encoded.train for part in row))
     identity |= {"rows": len(encoded.train), "content of the rows": content}
     refuse_another(found, manifest, identity)
-    make_shared(c.output_dir)
-    lock = occupy(c.output_dir) if fresh else lock
-    begun = fresh and gather(list(checkpoints(c.output_dir)))[0]
-    refuse_if(begun, f"--output_dir {c.output_dir}: another run was at work there while we encoded")
 
     dtype = torch.bfloat16 if c.mixed_precision == "bf16" else torch.float32
     transformer, variant = (found / "transformer", None) if found else (transformer, c.variant)
     model = load_transformer(transformer, variant, dtype, device)
-    choose_trainable(model, c.only_target_transformer_blocks)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trains(name, c.only_target_transformer_blocks))
     recompute(model, recomputed(c, len(model.transformer_blocks)))
     for block in model.transformer_blocks if c.compile else ():
         block.compile()  # in place: names of weights stay
@@ -2065,15 +1961,13 @@ def fine_tune(config, settings, base, transformer, rows, device):
 
 
 def run(config):
-    """From flags to trained weights."""
-    launchers()  # who they are must be known before one of them ends
-    refuse_if(config.plan_for and not config.dry_run, "--plan_for is for --dry_run")
-    cards = cards_of(config)
+    """From flags to trained weights, or to the plan."""
+    launched_by, cards = launchers(), cards_of(config)
     c = resolve(config, cards.number)
-    check(c)
+    check(c), candidates(c)
     settings = engine_settings(c)
-    base, transformer = find_base(c, c.pretrained_model_name_or_path, ["*.json"])
-    check_base(c, base, transformer)
+    base, transformer = find_base(c, ["*.json"])
+    check_base(c, base, transformer, weights=False)
     rows, shape = open_dataset(c), shape_of(transformer, c.only_target_transformer_blocks)
     held_out = min(c.probe_samples, len(rows) // 10)
     steps = count_steps(c, len(rows) - held_out)
@@ -2081,26 +1975,29 @@ def run(config):
         batch = f"{cards.number} ranks x batch {c.train_batch_size} x {c.gradient_accumulation_steps}"
         print(f"{len(rows)} rows, {held_out} held out; {c.resolution} px; {batch} = {c.total_batch_size} samples "
               f"a step; {steps} steps -> {c.output_dir}")  # fmt: skip
-    load = Load(c, settings, shape, cards, c.max_sequence_length)
-    if c.dry_run:
-        found, manifest = glance(c)
-        refuse_another(found, manifest, identity_of(c))
-        load = dataclasses.replace(load, settings=choose_offload(load))
-        return plan(load, base, rows, held_out, steps, manifest.get("step", 0)) if RANK == 0 else None
-    repository = open_repository(c) if c.push_to_hub else None  # all ranks: none waits for one that has no right to it
-    base, transformer = find_base(c, c.pretrained_model_name_or_path)
-    check_weights(c, base, transformer)
-    check_disk(c, disk_needed(c, len(rows), shape, steps))
-    c.control == "column" or load_detector(c.control)
-    heed_signals()
+    repository = None
+    if not c.dry_run:
+        if c.push_to_hub:  # on all ranks: none waits for one that has no right to it; now: no run ends without it
+            from huggingface_hub import create_repo
+
+            with explained("--push_to_hub (log in with `hf auth login`, or set HF_TOKEN)"):
+                repository = create_repo(c.hub_model_id or Path(c.output_dir).name, exist_ok=True).repo_id
+        base, transformer = find_base(c)
+        check_base(c, base, transformer)
+        check_disk(c, disk_needed(c, len(rows), shape, steps))
+        c.control == "column" or load_detector(c.control)
+        heed_signals(launched_by)
     device = start_ranks(1.5 * c.timeout_minutes)  # longer than a step may take: a rank that hangs is reported there
-    check_engine(settings)
-    load = dataclasses.replace(load, cards=min(gather(cards), key=lambda card: card.capacity or 0))
-    load = dataclasses.replace(load, settings=choose_offload(load))
+    cards = min(gather(cards), key=lambda card: card.capacity or 0)
+    load = Load(c, settings["zero_optimization"], shape, cards, c.max_sequence_length)
+    settings["zero_optimization"]["offload_optimizer"]["device"] = choose_offload(load)
+    if c.dry_run:
+        found, manifest = find_checkpoint(c, content=False)
+        refuse_another(found, manifest, {name: getattr(c, name) for name in IDENTITY})
+        return RANK == 0 and plan(load, base, rows, held_out, steps, manifest.get("step", 0))
     check_offload(load)
-    steps = fine_tune(c, load.settings, base, transformer, rows, device)
+    steps = fine_tune(c, settings, base, transformer, rows, device)
     dist.barrier()
-    dist.destroy_process_group()
     if RANK == 0:
         push(c, repository, steps) if repository else None
         drawn = Path(c.output_dir, "validation")
@@ -2117,9 +2014,10 @@ def main(argv=None):
         time.sleep(10 * alone)  # it mostly says the same, and the launcher ends us once it has spoken
         if alone or RANK == 0:
             tqdm.write(f"cv4ctrl.py: {end}", file=sys.stderr)
+        sys.exit(end.code)
+    finally:
         if dist.is_initialized():
             dist.destroy_process_group()  # else gloo sometimes aborts at exit, and changes the exit code
-        sys.exit(end.code)
 
 
 if __name__ == "__main__":

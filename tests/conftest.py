@@ -84,6 +84,14 @@ def config(flags):
     return lambda output_dir="unused", world=1, **options: cv4ctrl.resolve(cv4ctrl.parse(flags(output_dir, **options)), world)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_process_group():
+    """Of all tests of this process: what ends a run does not end it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cv4ctrl.dist, "destroy_process_group", lambda: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def device():
     """This process as the only rank."""
@@ -98,11 +106,10 @@ def encoded(config, base, device):
 
 
 @pytest.fixture()
-def refused(capsys, monkeypatch):
+def refused(capsys):
     """Run the command line; it must end with exit code 2, after one line on stderr (and progress bars), which is returned."""
 
     handlers = {number: signal.getsignal(number) for number in cv4ctrl.STOP_SIGNALS}
-    monkeypatch.setattr(cv4ctrl.dist, "destroy_process_group", lambda: None)  # other tests go on in this process
 
     def run(argv, progress=False):
         capsys.readouterr()

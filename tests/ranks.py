@@ -230,8 +230,8 @@ def peak_of_a_step(argv):
     base = Path(c.pretrained_model_name_or_path)
     shape = cv4ctrl.shape_of(base / "transformer", c.only_target_transformer_blocks)
     tokens = max(cv4ctrl.token_counts(c, base, cv4ctrl.open_dataset(c)))
-    load = cv4ctrl.Load(c, seen["settings"], shape, cv4ctrl.Cards(1, "CPU", None, None), tokens)
-    return [peak, sum(load.memory()[0].values())]
+    load = cv4ctrl.Load(c, seen["settings"]["zero_optimization"], shape, cv4ctrl.Cards(1, "CPU", None, None), tokens)
+    return [peak, load.total()]
 
 
 def main(jobs):

@@ -67,7 +67,6 @@ def test_the_accelerate_file_has_its_counterparts(config, engine_file, device):
         for key, value in part.items():
             whole[key] = whole.get(key, {}) | value if isinstance(value, dict) else value
     settings = cv4ctrl.engine_settings(config(deepspeed_config=engine_file(**whole), mixed_precision="bf16"))
-    cv4ctrl.check_engine(settings)
     assert settings["zero_optimization"]["stage"] == 2 and settings["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
     assert settings["bf16"]["enabled"] is True and settings["gradient_clipping"] == 1.0 and settings["gradient_accumulation_steps"] == 1
 
@@ -97,14 +96,14 @@ def test_scale_lr_multiplies_by_the_samples_a_step():
     (["--lr_scheduler", "zigzag"], ["lr_scheduler", "zigzag", "cosine"]),
     (["--train_batch_size", "many"], ["train_batch_size", "many"]),
     (["--train_batch_size", "0"], ["train_batch_size", "at least 1"]),
-    (["--seed", str(2**64)], ["seed", "2^63"]), (["--timeout_minutes", "1e300"], ["timeout_minutes", "30 days"]),
+    (["--seed", str(2**64)], ["seed", "at most 9223372036854775807"]), (["--timeout_minutes", "1e300"], ["timeout_minutes", "at most 43200"]),
     (["--output_dir", ""], ["output_dir"]), (["--pretrained_model_name_or_path="], ["pretrained_model_name_or_path"]),
     (["--learning_rate", "nan"], ["learning_rate", "finite"]),
     (["--learning_rate", "-1"], ["learning_rate"]), (["--adam_beta2", "1"], ["adam_beta2"]),
     (["--lr_scheduler", "polynomial", "--learning_rate", "1e-8"], ["polynomial", "1e-7"]),
     (["--output_dir", "runs[1]"], ["runs[1]"]), (["--detect_validation_image"], ["--control"]),
     (["--resolution", "1000"], ["resolution", "multiple of 16"]),
-    (["--proportion_empty_prompts", "1.5"], ["proportion_empty_prompts", "0 .. 1"]),
+    (["--proportion_empty_prompts", "1.5"], ["proportion_empty_prompts", "at most 1"]),
     (["--mixed_precision", "fp16"], ["fp16", "bf16", "fp32"]),
     (["--mixed_precision", "fp8"], ["fp8", "bf16", "fp32"]),
     (["--use_8bit_adam"], ["use_8bit_adam", "offload_optimizer"]),
@@ -225,7 +224,7 @@ def test_an_empty_data_set_and_a_base_without_parts(flags, refused, base, tmp_pa
     scheduler = json.loads((base / "scheduler/scheduler_config.json").read_text())
     (tmp_path / "part/scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
     assert "model_index.json" in refused(flags(tmp_path / "out", pretrained_model_name_or_path=tmp_path / "part"))
-    for file, word in (("manifest.json", "does not name a base"),):
+    for file, word in (("manifest.json", "not as it was written"),):
         (tmp_path / "part" / file).write_text("{}")
         assert word in refused(flags(tmp_path / "out", pretrained_model_name_or_path=tmp_path / "part"))
     other = tmp_path / "other"
@@ -251,15 +250,20 @@ def test_dry_run_sees_what_it_would_go_on_from(flags, refused, tmp_path, capsys)
     checkpoint.mkdir(parents=True)
     c = cv4ctrl.resolve(cv4ctrl.parse(flags(tmp_path / "out")), 1)
     (checkpoint / "file").write_text("12345")
-    (checkpoint / "manifest.json").write_text(json.dumps({"step": 7, "files": {"file": [5, "?"]}, "identity": cv4ctrl.identity_of(c)}))
+    manifest = {"step": 7, "files": {"file": [5, "?"]}, "identity": {name: getattr(c, name) for name in cv4ctrl.IDENTITY}}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest | {"digest": cv4ctrl.digest(json.dumps(manifest))}))
     shutil.copytree(checkpoint, tmp_path / "out" / "checkpoint-8")
     (tmp_path / "out" / "checkpoint-8" / "file").write_text("1234")
     cv4ctrl.main([*flags(tmp_path / "out", max_train_steps=9), "--dry_run"])
-    assert "9 of 4 samples, 0.82 epochs; 7 are done" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "9 of 4 samples, 0.82 epochs; 7 are done" in said.out and "checkpoint-8 is passed over: file" in said.err
+    shutil.rmtree(tmp_path / "out" / "checkpoint-8")
     assert "made with seed = 0" in refused([*flags(tmp_path / "out", seed=1), "--dry_run"])
     assert "holds checkpoints" in refused([*flags(tmp_path / "out", resume_from_checkpoint="none"), "--dry_run"])
-    (checkpoint / "manifest.json").write_text('{"step": "7", "files": {}, "identity": {}}')
-    assert "not whole" in refused([*flags(tmp_path / "out"), "--dry_run"])
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest | {"step": 8, "digest": cv4ctrl.digest(json.dumps(manifest))}))
+    with pytest.raises(SystemExit):
+        cv4ctrl.main([*flags(tmp_path / "out"), "--dry_run"])
+    assert "checkpoint-7: not whole" in capsys.readouterr().err
 
 
 def test_compiling_needs_a_compiler(flags, refused, tmp_path, monkeypatch):

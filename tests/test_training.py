@@ -291,11 +291,11 @@ def test_starting_anew_over_checkpoints_is_refused(copy, flags, refused):
 
 def test_an_exported_checkpoint_is_a_base(copy, flags, config, base):
     c = config(pretrained_model_name_or_path=copy / "checkpoint-6")
-    folder, transformer = cv4ctrl.find_base(c, c.pretrained_model_name_or_path)
+    folder, transformer = cv4ctrl.find_base(c)
     assert folder == base and transformer == copy / "checkpoint-6" / "transformer"
     cv4ctrl.check_base(c, folder, transformer)
     for other in (copy, copy / "checkpoint-6" / "transformer"):  # the run's folder, and the transformer alone
-        assert cv4ctrl.find_base(c, str(other)) == (folder, transformer)
+        assert cv4ctrl.find_base(config(pretrained_model_name_or_path=other)) == (folder, transformer)
     assert cv4ctrl.trace(str(copy)) == (str(base), transformer)  # what a checkpoint made from it will name as its base
     model = cv4ctrl.load_transformer(transformer, None, torch.float32, torch.device("cpu"))
     assert same(dict(model.named_parameters()), weights(transformer)) and model.config.in_channels == 32
