@@ -11,8 +11,8 @@ The model is told the unshifted t while the latent carries the shifted sigma s, 
     python cv4ctrl.py --help                        every flag
     deepspeed --num_gpus=8 cv4ctrl.py [flags]       train; the same command again continues
 
-Rooms, top to bottom, each knows only those above it: 1 constants, 2 configuration and what every room uses, 3 flow
-matching, 4 control surgery, 5 forward pass, 6 encode once, 7 sample stream, 8 evaluation, 9 engine and checkpoints,
+Rooms, top to bottom, each knows only those above it: 1 constants, 2 configuration, 3 flow matching, 4 control surgery,
+5 forward pass, 6 encode once (with what the ranks share), 7 sample stream, 8 evaluation, 9 engine and checkpoints,
 10 the loop, 11 main with the plan. A sample goes through encode, Stream, batch_loss, predict and flow_loss.
 Heavy libraries are imported where they are used: a mistyped flag is answered at once.
 """
@@ -102,7 +102,7 @@ IDENTITY = ("seed", "total_batch_size", "resolution", "max_sequence_length", "co
             "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "mixed_precision",
             "only_target_transformer_blocks")  # fmt: skip
 
-# === 2. configuration, and what every room uses =======================================================================
+# === 2. configuration =================================================================================================
 
 
 class Ended(Exception):
@@ -324,152 +324,6 @@ def existing(path):
     return next(p for p in (path, *path.parents) if os.path.exists(p))
 
 
-def gather(item):
-    """`item` of every rank, in the order of ranks, on every rank."""
-    items = [None] * WORLD
-    dist.all_gather_object(items, item)
-    return items
-
-
-def together(work, mine=True):
-    """work() on the ranks where `mine` -> all results; where one cannot read or write, all end. Raises Ended."""
-    result = trouble = None
-    try:
-        result = work() if mine else None
-    except (OSError, SafetensorError) as error:
-        trouble = f"rank {RANK}: {getattr(error, 'filename', None) or 'a file'}: {reason(error)}"
-    results, troubles = zip(*gather((result, trouble)))
-    if any(troubles):
-        raise Ended(next(filter(None, troubles)))
-    return results
-
-
-def make_shared(folder):
-    """Make a folder; all ranks must see the same one. Raises Refusal, Ended."""
-    token = gather(Path(folder, f".{os.getpid()}.tmp"))[0]
-    together(lambda: (token.parent.mkdir(parents=True, exist_ok=True), token.touch()), RANK == 0)
-    blind = [rank for rank, seen in enumerate(gather(token.exists())) if not seen]
-    together(token.unlink, RANK == 0)
-    refuse_if(blind, f"{folder}: ranks {blind} do not see what rank 0 writes there; take a disk that all share")
-
-
-def occupy(folder):
-    """Lock FOLDER/.lock -> the file, to be kept: a POSIX lock ends with its process and is not inherited.
-
-    Raises Refusal."""
-    file, taken = open(Path(folder, ".lock"), "a") if RANK == 0 else None, False
-    try:
-        file and fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        taken = True
-    except OSError as error:
-        say(f"{folder}: this disk has no locks ({reason(error)}); see to it that no second run starts there")
-    refuse_if(gather(taken)[0], f"--output_dir {folder}: another run is at work there")
-    return file
-
-
-class PlainLines(io.TextIOBase):
-    """stderr as a progress bar sees it where it is no terminal: each state of the bar is a line."""
-
-    def write(self, text):
-        if text.strip():
-            print(text.strip(), file=sys.stderr, flush=True)
-
-
-def progress(jobs, title, **more):
-    """tqdm on rank 0 alone; a line every ten seconds where stderr is a file."""
-    plain = {} if sys.stderr.isatty() else {"file": PlainLines(), "mininterval": 10, "position": 0}
-    return tqdm(jobs, title, disable=RANK > 0, **plain, **more)
-
-
-def say(text):
-    """A line on stderr, from rank 0, that does not cut through a progress bar."""
-    if RANK == 0:
-        tqdm.write(f"cv4ctrl.py: {text}", file=sys.stderr)
-
-
-def launchers():
-    """Process ids of what launched this rank: torchrun, or the two processes of deepspeed; [] where nobody did.
-
-    Not all of them pass on what ends them. Whose launcher has ended, be it as a zombie, belongs to another process."""
-    if "LOCAL_RANK" not in os.environ:
-        return []
-    with contextlib.suppress(psutil.Error):  # hidden by the system, or ended just now
-        parent = psutil.Process(os.getppid())
-        return [parent.pid, parent.ppid()] if "deepspeed.launcher.launch" in parent.cmdline() else [parent.pid]
-    return [os.getppid()]
-
-
-def heed_signals(launched_by):
-    """From now on a signal or the end of a launcher only asks for a stop, in STOPS; the same signal again ends us.
-
-    Python hands it to the main thread, which may be waiting for other ranks; so a thread of its own reads a pipe."""
-    ours, theirs = os.pipe()
-    os.set_blocking(theirs, False)
-    signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda *_: None)
-
-    def listen():
-        while True:
-            heard = os.read(ours, 1)[0] if select.select([ours], [], [], 1)[0] else None
-            now = time.monotonic()
-            if heard in STOP_SIGNALS and now - STOPS.setdefault(heard, now) > 5:  # launchers repeat theirs soon
-                os._exit(128 + heard)
-            if launched_by != launchers():
-                STOPS.setdefault(0, now)
-
-    threading.Thread(target=listen, daemon=True).start()
-
-
-def outlive_signals(_):
-    """For the processes that load data: signalled as we are, they are needed until the step ends. Only we end them."""
-    rank = os.getppid()
-
-    def wait():
-        while os.getppid() == rank:  # else it has died
-            heard = signal.sigtimedwait(STOP_SIGNALS, 5)
-            if heard and heard.si_pid == rank:
-                break
-        os._exit(0)
-
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def stop_if_asked():
-    """All ranks end where one was asked to. Raises Preempted."""
-    if any(gather(bool(STOPS))):
-        raise Preempted("stopped by a signal before a step; what is encoded is kept, the same command goes on")
-
-
-def digest(*parts):
-    """Key of 32 hex digits for a sequence of strings, numbers and bytes."""
-    hash = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        part = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
-        hash.update(len(part).to_bytes(8, "big") + part)
-    return hash.hexdigest()
-
-
-def file_digest(file):
-    """SHA-256 of a file."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_aside(file, write):
-    """write(path) to a file beside `file`, which then takes its place: whole, on the disk, readable as umask has it."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    aside.touch()
-    mode = aside.stat().st_mode
-    write(aside)
-    aside.chmod(mode)  # safetensors makes files that only their owner can read
-    with open(aside, "rb") as stream:
-        os.fsync(stream.fileno())
-    os.replace(aside, file)
-
-
 # === 3. flow matching =================================================================================================
 # Pure functions of tensors, in fp32: bf16 would keep only 347 of the 1000 sigmas at 1024 px apart.
 
@@ -662,6 +516,156 @@ def predict(model, frame, noisy, control, prompt_embeds, mask, timestep):
 
 
 # === 6. encode once ===================================================================================================
+# --- what the ranks share from here on: agreement, words, signals, files
+
+
+def gather(item):
+    """`item` of every rank, in the order of ranks, on every rank."""
+    items = [None] * WORLD
+    dist.all_gather_object(items, item)
+    return items
+
+
+def together(work, mine=True):
+    """work() on the ranks where `mine` -> all results; where one cannot read or write, all end. Raises Ended."""
+    result = trouble = None
+    try:
+        result = work() if mine else None
+    except (OSError, SafetensorError) as error:
+        trouble = f"rank {RANK}: {getattr(error, 'filename', None) or 'a file'}: {reason(error)}"
+    results, troubles = zip(*gather((result, trouble)))
+    if any(troubles):
+        raise Ended(next(filter(None, troubles)))
+    return results
+
+
+def make_shared(folder):
+    """Make a folder; all ranks must see the same one. Raises Refusal, Ended."""
+    token = gather(Path(folder, f".{os.getpid()}.tmp"))[0]
+    together(lambda: (token.parent.mkdir(parents=True, exist_ok=True), token.touch()), RANK == 0)
+    blind = [rank for rank, seen in enumerate(gather(token.exists())) if not seen]
+    together(token.unlink, RANK == 0)
+    refuse_if(blind, f"{folder}: ranks {blind} do not see what rank 0 writes there; take a disk that all share")
+
+
+def occupy(folder):
+    """Lock FOLDER/.lock -> the file, to be kept: a POSIX lock ends with its process and is not inherited.
+
+    Raises Refusal."""
+    file, taken = open(Path(folder, ".lock"), "a") if RANK == 0 else None, False
+    try:
+        file and fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        taken = True
+    except OSError as error:
+        say(f"{folder}: this disk has no locks ({reason(error)}); see to it that no second run starts there")
+    refuse_if(gather(taken)[0], f"--output_dir {folder}: another run is at work there")
+    return file
+
+
+class PlainLines(io.TextIOBase):
+    """stderr as a progress bar sees it where it is no terminal: each state of the bar is a line."""
+
+    def write(self, text):
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+
+
+def progress(jobs, title, **more):
+    """tqdm on rank 0 alone; a line every ten seconds where stderr is a file."""
+    plain = {} if sys.stderr.isatty() else {"file": PlainLines(), "mininterval": 10, "position": 0}
+    return tqdm(jobs, title, disable=RANK > 0, **plain, **more)
+
+
+def say(text):
+    """A line on stderr, from rank 0, that does not cut through a progress bar."""
+    if RANK == 0:
+        tqdm.write(f"cv4ctrl.py: {text}", file=sys.stderr)
+
+
+def launchers():
+    """Process ids of what launched this rank: torchrun, or the two processes of deepspeed; [] where nobody did.
+
+    Not all of them pass on what ends them. Whose launcher has ended, be it as a zombie, belongs to another process."""
+    if "LOCAL_RANK" not in os.environ:
+        return []
+    with contextlib.suppress(psutil.Error):  # hidden by the system, or ended just now
+        parent = psutil.Process(os.getppid())
+        return [parent.pid, parent.ppid()] if "deepspeed.launcher.launch" in parent.cmdline() else [parent.pid]
+    return [os.getppid()]
+
+
+def heed_signals(launched_by):
+    """From now on a signal or the end of a launcher only asks for a stop, in STOPS; the same signal again ends us.
+
+    Python hands it to the main thread, which may be waiting for other ranks; so a thread of its own reads a pipe."""
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)
+    signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: None)
+
+    def listen():
+        while True:
+            heard = os.read(ours, 1)[0] if select.select([ours], [], [], 1)[0] else None
+            now = time.monotonic()
+            if heard in STOP_SIGNALS and now - STOPS.setdefault(heard, now) > 5:  # launchers repeat theirs soon
+                os._exit(128 + heard)
+            if launched_by and launched_by != launchers():
+                STOPS.setdefault(0, now)
+
+    threading.Thread(target=listen, daemon=True).start()
+
+
+def outlive_signals(_):
+    """For the processes that load data: signalled as we are, they are needed until the step ends. Only we end them."""
+    rank = os.getppid()
+
+    def wait():
+        while os.getppid() == rank:  # else it has died
+            heard = signal.sigtimedwait(STOP_SIGNALS, 5)
+            if heard and heard.si_pid == rank:
+                break
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def stop_if_asked():
+    """All ranks end where one was asked to. Raises Preempted."""
+    if any(gather(bool(STOPS))):
+        raise Preempted("stopped by a signal before a step; what is encoded is kept, the same command goes on")
+
+
+def digest(*parts):
+    """Key of 32 hex digits for a sequence of strings, numbers and bytes."""
+    hash = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        part = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
+        hash.update(len(part).to_bytes(8, "big") + part)
+    return hash.hexdigest()
+
+
+def file_digest(file):
+    """SHA-256 of a file."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_aside(file, write):
+    """write(path) to a file beside `file`, which then takes its place: whole, on the disk, readable as umask has it."""
+    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    aside.touch()
+    mode = aside.stat().st_mode
+    write(aside)
+    aside.chmod(mode)  # safetensors makes files that only their owner can read
+    with open(aside, "rb") as stream:
+        os.fsync(stream.fileno())
+    os.replace(aside, file)
+
+
+# --- the cache
 # The cache is a folder of safetensors files of entries by key. A key is the digest of all that its entry depends on:
 # the content, the resolution or cut, the weights of the encoder. Nothing in it can be stale, nothing is stored twice.
 

@@ -21,7 +21,8 @@ def launch(world, *jobs, timeout=400, threads=None):
     common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = []
     for rank in range(world):
-        env = {"OMP_NUM_THREADS": str(threads or max(1, 2 // world))} | os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        env = {"OMP_NUM_THREADS": str(threads or max(1, 2 // world))} | os.environ
+        env |= common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}  # one starts as `python cv4ctrl.py` does
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         ranks.append(subprocess.Popen([sys.executable, __file__, json.dumps(jobs, default=str)], env=env, **output))
     try:

@@ -166,7 +166,7 @@ def test_half_precision_in_the_file_is_refused(changes, flag, flags, refused, en
 
 
 def test_fp16_switched_off_in_the_file_is_no_offence(config, engine_file):
-    cv4ctrl.engine_settings(config(deepspeed_config=engine_file(fp16={"enabled": False}, amp={"enabled": False})))
+    cv4ctrl.engine_settings(config(deepspeed_config=engine_file(fp16={"enabled": False})))
 
 
 def test_half_precision_is_refused_before_anything_heavy_is_imported(tmp_path):
