@@ -19,9 +19,10 @@ def launch(world, *jobs, timeout=400, threads=None):
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    alone = {name: value for name, value in os.environ.items() if name not in (*common, "RANK", "LOCAL_RANK")}
     ranks = []
     for rank in range(world):
-        env = {"OMP_NUM_THREADS": str(threads or max(1, 2 // world))} | os.environ
+        env = {"OMP_NUM_THREADS": str(threads or max(1, 2 // world))} | alone
         env |= common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}  # one starts as `python cv4ctrl.py` does
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         ranks.append(subprocess.Popen([sys.executable, __file__, json.dumps(jobs, default=str)], env=env, **output))
