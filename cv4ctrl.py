@@ -2019,6 +2019,8 @@ def main(argv=None):
         if alone or RANK == 0:
             tqdm.write(f"cv4ctrl.py: {end}", file=sys.stderr)
         sys.exit(end.code)
+    except KeyboardInterrupt:  # before heed_signals: nothing has begun
+        sys.exit(128 + signal.SIGINT)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()  # else gloo sometimes aborts at exit, and changes the exit code

@@ -266,6 +266,16 @@ def test_dry_run_sees_what_it_would_go_on_from(flags, refused, tmp_path, capsys)
     assert "checkpoint-7: not whole" in capsys.readouterr().err
 
 
+def test_an_interrupt_before_the_run_begins_shows_no_traceback(flags, tmp_path, monkeypatch):
+    def interrupt(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cv4ctrl, "open_dataset", interrupt)  # as Ctrl-C while the data set is fetched
+    with pytest.raises(SystemExit) as ended:
+        cv4ctrl.main(flags(tmp_path / "out"))
+    assert ended.value.code == 130 and not (tmp_path / "out").exists()
+
+
 def test_compiling_needs_a_compiler(flags, refused, tmp_path, monkeypatch):
     monkeypatch.setattr(cv4ctrl.shutil, "which", lambda name: None)
     assert "--compile" in refused(flags(tmp_path / "out", compile=True)) and not (tmp_path / "out").exists()
