@@ -475,12 +475,8 @@ class KeyMaskAttention:
         return x[:, text:], x[:, :text]
 
 
-class Frame(NamedTuple):
-    """What all forward passes at one resolution share: rotary tables 2 x (N, d), size and crop (1, 2) in pixels."""
-
-    rope: tuple
-    size: torch.Tensor
-    crop: torch.Tensor
+# What all forward passes at one resolution share: rotary tables 2 x (N, d), size and crop (1, 2) in pixels.
+Frame = collections.namedtuple("Frame", "rope size crop")
 
 
 def prepare(model, resolution, device, dtype):
@@ -670,18 +666,12 @@ def write_aside(file, write):
 # the content, the resolution or cut, the weights of the encoder. Nothing in it can be stale, nothing is stored twice.
 
 
+# A row of the data set, its parts by their keys; a validation case has neither id nor, where none is known, image.
+Row = collections.namedtuple("Row", "id text image control caption")
+
+
 class BadRow(Exception):
     """A row or picture that cannot be used: which, and why."""
-
-
-class Row(NamedTuple):
-    """A row of the data set, its parts by their keys; image is None where a validation case has no target."""
-
-    id: int | None
-    text: str
-    image: str | None
-    control: str
-    caption: str
 
 
 class Encoded(NamedTuple):
@@ -1650,22 +1640,10 @@ def check_base(config, base, transformer, weights=True):
 # --- the plan: what a run will take of cards, disks and time, by arithmetic
 
 
-class Cards(NamedTuple):
-    """What a run is planned for; None is not known."""
-
-    number: int
-    name: str
-    capacity: int | None  # bytes of memory of a card
-    flops: float | None  # FLOP/s of a card in bf16
-
-
-class Shape(NamedTuple):
-    """What memory and time of a widened transformer follow from."""
-
-    parameters: int
-    trained: int
-    layers: int
-    width: int
+# What a run is planned for: how many, bytes of memory of one and its FLOP/s in bf16, None where it is not known.
+Cards = collections.namedtuple("Cards", "number name capacity flops")
+# What memory and time of a widened transformer follow from: parameters in all, those that train, blocks, model width.
+Shape = collections.namedtuple("Shape", "parameters trained layers width")
 
 
 def shape_of(folder, only_blocks):
