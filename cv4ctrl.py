@@ -22,6 +22,7 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import errno
 import faulthandler
 import fcntl
 import functools
@@ -192,17 +193,17 @@ class Config:
     lr_warmup_steps: int = flag(1000, "optimizer steps of linear warm-up", least=0)
     lr_num_cycles: int = flag(1, "restarts of cosine_with_restarts", least=1)
     lr_power: float = flag(1.0, "of polynomial")
-    adam_beta1: float = flag(0.9, "decay of the first moment", least=0, most=0.999999)
-    adam_beta2: float = flag(0.999, "decay of the second moment", least=0, most=0.999999)
+    adam_beta1: float = flag(0.9, "decay of the first moment, 0 .. 1", least=0, most=0.999999)
+    adam_beta2: float = flag(0.999, "decay of the second moment, 0 .. 1", least=0, most=0.999999)
     adam_weight_decay: float = flag(1e-4, "decoupled weight decay", least=0)
     adam_epsilon: float = flag(1e-8, "added to the root of the second moment", least=0)
     max_grad_norm: float = flag(1.0, "gradients are clipped to this 2-norm; 0: not", least=0)
     only_target_transformer_blocks: bool = flag(False, "train the blocks and the image input layer, freeze the rest")
-    proportion_empty_prompts: float = flag(0.0, "share of samples that lose their caption", least=0, most=1)
+    proportion_empty_prompts: float = flag(0.0, "share of samples without caption, 0 .. 1", least=0, most=1)
     weighting_scheme: str = flag("none", "of timesteps or loss, as in SD3", choices=(
         "none", "sigma_sqrt", "logit_normal", "mode", "cosmap"))  # fmt: skip
     logit_mean: float = flag(0.0, "of logit_normal")
-    logit_std: float = flag(1.0, "of logit_normal", least=1e-6)
+    logit_std: float = flag(1.0, "of logit_normal, positive", least=1e-6)
     mode_scale: float = flag(1.29, "of mode")
     dataloader_num_workers: int = flag(16, "processes a rank that read pictures and make batches; 0: none", least=0)
     checkpointing_steps: int = flag(1000, "steps between checkpoints", least=1)
@@ -248,8 +249,8 @@ def parse(argv=None):
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher says it, the environment too
     words = sys.argv[1:] if argv is None else argv
     words = [re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in words]
-    for name in {word.partition("=")[0][2:] for word in words} & NOT_HERE.keys():
-        raise Refusal(f"--{name} is not taken: {NOT_HERE[name]}")
+    for name in NOT_HERE:
+        refuse_if(f"--{name}" in {word.partition("=")[0] for word in words}, f"--{name} is not taken: {NOT_HERE[name]}")
     values = vars(parser.parse_args(words))
     values.pop("local_rank", None)
     return Config(**values)
@@ -257,7 +258,7 @@ def parse(argv=None):
 
 def resolve(config, world):
     """Config in which the batch sizes and the learning rate of `world` ranks are numbers. Raises Refusal."""
-    c, together = config, config.train_batch_size * world
+    c, at_once = config, config.train_batch_size * world
     for field in dataclasses.fields(c):
         value, bound = getattr(c, field.name), field.metadata
         wrong = isinstance(value, (int, float)) and not (
@@ -265,8 +266,8 @@ def resolve(config, world):
         )
         bounds = "".join(f", at {side} {bound[side]}" for side in ("least", "most") if side in bound)
         refuse_if(wrong, f"--{field.name} {value}: must be a finite number{bounds}")
-    total = c.total_batch_size or together * c.gradient_accumulation_steps
-    accumulation, rest = divmod(total, together)
+    total = c.total_batch_size or at_once * c.gradient_accumulation_steps
+    accumulation, rest = divmod(total, at_once)
     asked, micro = c.gradient_accumulation_steps, c.train_batch_size
     fits = next((size for size in range(micro, 0, -1) if total % (size * world) == 0), None)
     refuse_if(rest, f"--total_batch_size {total} is not a multiple of --train_batch_size {micro} x {world} ranks"
@@ -297,7 +298,6 @@ def check(config):
         (c.detect_validation_image and (c.control == "column" or not images),
          "--detect_validation_image needs --validation_image and a --control other than column"),
         (c.compile and not shutil.which("g++"), "--compile needs g++ on PATH"),
-        (c.plan_for and not c.dry_run, "--plan_for is for --dry_run"),
     ):  # fmt: skip
         refuse_if(wrong, why)
     for path in images:
@@ -516,9 +516,11 @@ def predict(model, frame, noisy, control, prompt_embeds, mask, timestep):
 
 
 def gather(item):
-    """`item` of every rank, in the order of ranks, on every rank."""
-    items = [None] * WORLD
-    dist.all_gather_object(items, item)
+    """`item` of every rank, in the order of ranks, on every rank; a plan is made by each rank alone."""
+    items = [item]
+    if dist.is_initialized():
+        items *= WORLD
+        dist.all_gather_object(items, item)
     return items
 
 
@@ -545,18 +547,22 @@ def make_shared(folder):
 
 
 def occupy(folder):
-    """Lock FOLDER/.lock -> the file, to be kept: a POSIX lock ends with its process and is not inherited.
+    """Lock FOLDER/.lock -> what must be kept; a POSIX lock ends with its process, its children do not hold it.
 
-    Raises Refusal."""
-    file, taken = open(Path(folder, ".lock"), "a") if RANK == 0 else None, False
-    try:
-        file and fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        taken = True
-    except OSError as error:
-        say(f"{folder}: this disk has no locks ({reason(error)}); see to it that no second run starts there")
-    refuse_if(gather(taken)[0], f"--output_dir {folder}: another run is at work there")
-    return file
+    Raises Refusal, Ended."""
+    held = []
+
+    def taken():
+        held.append(open(Path(folder, ".lock"), "a"))
+        try:
+            fcntl.lockf(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return True
+        except OSError as error:
+            say(f"{folder}: this disk has no locks ({reason(error)}); see to it that no second run starts there")
+
+    refuse_if(together(taken, RANK == 0)[0], f"--output_dir {folder}: another run is at work there")
+    return held
 
 
 class PlainLines(io.TextIOBase):
@@ -580,15 +586,14 @@ def say(text):
 
 
 def launchers():
-    """Process ids of what launched this rank: torchrun, or the two processes of deepspeed; [] where nobody did.
+    """Process ids of deepspeed's two processes, or of torchrun, above this rank; [] where neither launched it.
 
-    Not all of them pass on what ends them. Whose launcher has ended, be it as a zombie, belongs to another process."""
-    if "LOCAL_RANK" not in os.environ:
-        return []
+    Not all of them pass on what ends them. A rank whose launcher has ended, be it as a zombie, has other parents."""
+    pattern = r"(^|/)(deepspeed|torchrun)( |$)|-m (deepspeed\.launcher|torch\.distributed)"
     with contextlib.suppress(psutil.Error):  # hidden by the system, or ended just now
-        parent = psutil.Process(os.getppid())
-        return [parent.pid, parent.ppid()] if "deepspeed.launcher.launch" in parent.cmdline() else [parent.pid]
-    return [os.getppid()]
+        above = psutil.Process().parents()[:2]
+        return [process.pid for process in above if re.search(pattern, " ".join(process.cmdline()[:5]))]
+    return []
 
 
 def heed_signals(launched_by):
@@ -602,12 +607,13 @@ def heed_signals(launched_by):
         signal.signal(number, lambda *_: None)
 
     def listen():
+        pipe = select.poll()
+        pipe.register(ours, select.POLLIN)
         while True:
-            heard = os.read(ours, 1)[0] if select.select([ours], [], [], 1)[0] else None
-            now = time.monotonic()
+            heard, now = os.read(ours, 1)[0] if pipe.poll(1000) else None, time.monotonic()
             if heard in STOP_SIGNALS and now - STOPS.setdefault(heard, now) > 5:  # launchers repeat theirs soon
                 os._exit(128 + heard)
-            if launched_by and launched_by != launchers():
+            if launched_by != launchers():
                 STOPS.setdefault(0, now)
 
     threading.Thread(target=listen, daemon=True).start()
@@ -649,6 +655,18 @@ def file_digest(file):
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def flush(path):
+    """A file or folder from the cache to the disk, so that a power cut does not take it back."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):  # else: a disk that cannot flush folders
+            raise
+    finally:
+        os.close(handle)
+
+
 def write_aside(file, write):
     """write(path) to a file beside `file`, which then takes its place: whole, on the disk, readable as umask has it."""
     aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
@@ -656,8 +674,7 @@ def write_aside(file, write):
     mode = aside.stat().st_mode
     write(aside)
     aside.chmod(mode)  # safetensors makes files that only their owner can read
-    with open(aside, "rb") as stream:
-        os.fsync(stream.fileno())
+    flush(aside)
     os.replace(aside, file)
 
 
@@ -703,21 +720,20 @@ def open_dataset(config):
     kind = "json" if c.jsonl_for_train else "parquet" if Path(name).is_file() else None
     where = {"path": kind, "data_files": name} if kind else {"path": name, "name": c.dataset_config_name}
     with explained(f"data set {name}"):
-        local = c.jsonl_for_train or name.startswith((".", "/")) or name.count("/") > 1  # no name of the hub
+        local = c.jsonl_for_train or name.startswith((".", "/")) or (name.count("/") > 1 and "://" not in name)
         empty = local and Path(name).stat().st_size == 0
         rows = [] if empty else datasets.load_dataset(**where, split="train", cache_dir=c.cache_dir)
     refuse_if(len(rows) == 0, f"data set {name}: it is empty")
-    for flag, kind in dict(image_column="image", conditioning_image_column="image", caption_column="list").items():
-        column, feature = getattr(c, flag), rows.features.get(getattr(c, flag))
-        if flag == "conditioning_image_column" and c.control != "column":
-            continue
-        refuse_if(feature is None, f"--{flag} {column}: data set {name} has no such column, but "
-                  f"{', '.join(rows.features)}")  # fmt: skip
+    for option, kind in dict(image_column="image", conditioning_image_column="image", caption_column="list").items():
+        column, feature = getattr(c, option), rows.features.get(getattr(c, option))
         found = "image" if isinstance(feature, (datasets.Image, dict)) else getattr(feature, "dtype", None) or "list"
-        refuse_if(found not in (kind, "string", "large_string", "null"), f"--{flag} {column}: data set {name} has "
-                  f"{found} there, a string or {kind} is expected")  # fmt: skip
-        if isinstance(feature, datasets.Image):
-            rows = rows.cast_column(column, datasets.Image(decode=False))
+        if c.control == "column" or option != "conditioning_image_column":
+            refuse_if(feature is None, f"--{option} {column}: data set {name} has no such column, but "
+                      f"{', '.join(rows.features)}")  # fmt: skip
+            refuse_if(found not in (kind, "string", "large_string", "null"), f"--{option} {column}: data set {name} "
+                      f"has {found} there, a string or {kind} is expected")  # fmt: skip
+    for column in [column for column, feature in rows.features.items() if isinstance(feature, datasets.Image)]:
+        rows = rows.cast_column(column, datasets.Image(decode=False))
     return rows.select(range(min(len(rows), c.max_train_samples or len(rows))))
 
 
@@ -890,7 +906,11 @@ def encode(config, base, rows, device):
     train, held_out = ([row for row in usable if (row in chosen) == out] for out in (False, True))
     cases = [case._replace(image=None) for case in cases] or held_out[:VALIDATION_CASES]
     scaling = json.loads((base / "vae" / "config.json").read_text())["scaling_factor"]
-    return Encoded(gather(read_index(folder) if RANK == 0 else None)[0], train, held_out, cases, empty, scaling)
+    index = gather(read_index(folder) if RANK == 0 else None)[0]
+    lost = {key for row in (*train, *held_out, *cases) for key in row[2:] if key} - index.keys()
+    if lost or empty not in index:
+        raise Ended(f"{folder}: what was encoded is not there any more; does something else clean up there?")
+    return Encoded(index, train, held_out, cases, empty, scaling)
 
 
 def load_options(config, folder):
@@ -1174,7 +1194,8 @@ def engine_settings(config):
     c, path = config, Path(config.deepspeed_config)
     path = path if path.exists() or path.is_absolute() else Path(__file__).parent / path
     with explained(f"--deepspeed_config {path} (a JSON file is expected)"):
-        settings = dict(json.loads(path.read_text()))
+        settings = json.loads(path.read_text())
+    refuse_if(not isinstance(settings, dict), f"--deepspeed_config {path}: must be a JSON object")
     for key, value in walk(settings):
         half = key in [f"{name}.enabled" for name in HALF] and value is not False
         half = half or str(value).lower().removeprefix("torch.") in HALF
@@ -1202,42 +1223,44 @@ def engine_settings(config):
         refuse_if(said not in ("auto", value), f"{path.name} says {key} = {json.dumps(said)}, --{name} makes it "
                   f"{json.dumps(value)}: they contradict; write \"auto\" in the file")  # fmt: skip
         section[last] = value
-    complete(settings, path.name)
+    judge(settings, path.name)
     return settings
 
 
-def complete(settings, file):
-    """Fill in what this file reads of the engine's settings. Raises Refusal for what DeepSpeed or we cannot run.
+def judge(settings, file):
+    """Refuse what we or DeepSpeed cannot run, and fill in what the plan reads. Raises Refusal.
 
-    "auto" is left to the device for the optimizer's state alone: choose_offload decides on it."""
-    zero, types = settings.setdefault("zero_optimization", {}), settings.get("data_types", {})
-    offload = zero.setdefault("offload_optimizer", {})
-    device = offload.pop("device", "none")
-    if types.get("grad_accum_dtype") == "auto":  # fp32; DeepSpeed's stage 0 knows only the model's own type
-        types["grad_accum_dtype"] = "fp32" if zero.get("stage") or not settings["bf16"]["enabled"] else "bf16"
-    judged = {key: value for key, value in settings.items() if key != "train_batch_size"}  # the ranks come later
-    try:
-        known = import_deepspeed().runtime.config.DeepSpeedConfig(json.loads(json.dumps(judged))).zero_config
-    except Exception as error:  # pydantic's, of which the first line says nothing, assertions, and more
-        raise Refusal(f"--deepspeed_config: DeepSpeed does not take it: {error}")
-    kind = settings.get("optimizer", {"type": "AdamW"}).get("type")
+    "auto" stays for the device of the optimizer's state alone: choose_offload decides on it."""
+    zero, types = settings.setdefault("zero_optimization", {}), settings.setdefault("data_types", {})
+    offload, kind = zero.get("offload_optimizer", {}), settings.get("optimizer", {"type": "AdamW"}).get("type")
+    device, nodes = offload.get("device", "none"), dict(walk(settings))
+    decided = ("zero_optimization.offload_optimizer.device", "data_types.grad_accum_dtype")
+    unset = [key for key, value in nodes.items() if value == "auto" and key not in decided]
+    trackers = [name for name in (*TRACKERS.values(), "comet") if name in settings]
     for wrong, why in (
         ("scheduler" in settings, "a scheduler, which contradicts --lr_scheduler: remove it"),
         (kind not in ("Adam", "AdamW"), f"optimizer.type = {kind}: only Adam and AdamW are known"),
-        ("optimizer" in settings and known.stage == 0, "an optimizer of its own, which needs ZeRO stage 1 to 3"),
-        (device == "cpu" and known.stage == 0, "offload_optimizer, which needs ZeRO stage 1 to 3"),
-        (device not in ("auto", "cpu", "none"), f"offload_optimizer.device = {device}: must be auto, cpu or none"),
         ("cpu_offload" in zero, "cpu_offload, which is an old name: write offload_optimizer"),
-        ("nvme" in dict(walk(settings)).values(), "nvme, to which nothing can be offloaded here: use cpu"),
+        ("nvme" in nodes.values(), "nvme, to which nothing can be offloaded here: use cpu"),
+        (device not in ("auto", "cpu", "none"), f"offload_optimizer.device = {device}: must be auto, cpu or none"),
         (not settings["bf16"].setdefault("check_grad_overflow", True),
          "bf16.check_grad_overflow = false: one NaN would end in the weights"),
-        *((value == "auto", f'{key} = "auto", but no flag decides it: give a value') for key, value in walk(settings)),
-        *((name in settings, f"{name}, but --report_to decides on trackers: remove it from the file")
-          for name in (*TRACKERS.values(), "comet")),
+        (unset, f'{", ".join(unset)} = "auto", but no flag decides it: give a value'),
+        (trackers, f"{', '.join(trackers)}, but --report_to decides on trackers: remove it from the file"),
     ):  # fmt: skip
         refuse_if(wrong, f"{file} says {why}")
-    offload["device"] = device
+    judged = json.loads(json.dumps(settings | {"train_batch_size": None}))  # which the number of ranks decides
+    judged["zero_optimization"]["offload_optimizer"] = offload | {"device": "none"}  # choose_offload comes later
+    try:
+        known = import_deepspeed().runtime.config.DeepSpeedConfig(judged).zero_config
+    except Exception as error:  # pydantic's, of which the first line says nothing, assertions, and more
+        raise Refusal(f"--deepspeed_config: DeepSpeed does not take it: {error}")
+    alone = "optimizer" in settings and "an optimizer of its own" or device == "cpu" and "offload_optimizer"
+    refuse_if(known.stage == 0 and alone, f"{file} says {alone}, which needs ZeRO stage 1 to 3")
+    if types.get("grad_accum_dtype") == "auto":  # fp32; DeepSpeed's stage 0 knows only the model's own type
+        types["grad_accum_dtype"] = "bf16" if known.stage == 0 and settings["bf16"]["enabled"] else "fp32"
     zero |= {name: getattr(known, name) for name in ("stage", "reduce_bucket_size", "overlap_comm")}
+    zero["offload_optimizer"] = offload | {"device": device}
 
 
 def walk(node, prefix=""):
@@ -1350,8 +1373,7 @@ def export(engine, folder, upcast):
         save_torch_state_dict(state, folder, filename_pattern=pattern, max_shard_size="10GB")
         for file in folder.iterdir():
             file.chmod((folder / "config.json").stat().st_mode)
-            with open(file, "rb") as stream:
-                os.fsync(stream.fileno())
+            flush(file)
 
     together(write, RANK == 0)
 
@@ -1359,7 +1381,8 @@ def export(engine, folder, upcast):
 def checksums(folder, content=True):
     """{relative path: [bytes, SHA-256, or False without content]} of a checkpoint, the reading split over the ranks."""
     files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != "manifest.json")
-    mine = gather(files)[0][RANK::WORLD]  # as rank 0 sees them: network disks show new files to some machines later
+    files = gather(files)  # as rank 0 sees them: network disks show new files to some machines later
+    mine = files[0][RANK % len(files) :: len(files)]
     entry = lambda f: [f.stat().st_size, content and file_digest(f)]  # noqa: E731
     parts = together(lambda: {str(f.relative_to(folder)): entry(f) for f in mine})
     return dict(sorted(item for part in parts for item in part.items()))
@@ -1389,6 +1412,7 @@ def save_checkpoint(engine, config, step, identity, skipped=0):
         write_aside(aside / "manifest.json", lambda path: path.write_text(text))
         shutil.rmtree(final, ignore_errors=True)  # of the same step, if an older checkpoint was chosen to go on from
         os.replace(aside, final)
+        flush(folder)  # before an older checkpoint goes
         # what was passed over as damaged has a higher step: it goes first, then the oldest; never the one just written
         others = sorted(checkpoints(folder).items(), key=lambda item: (item[0] <= step, item[0]))[:-1]
         keep = config.checkpoints_total_limit - 1
@@ -1659,6 +1683,7 @@ def shape_of(folder, only_blocks):
 def cards_of(config):
     """Cards of --plan_for, or those that are here. Raises Refusal."""
     if config.plan_for is not None:
+        refuse_if(not config.dry_run, "--plan_for is for --dry_run")
         number, _, name = config.plan_for.partition("x")
         known = number.isdigit() and int(number) and name in CARDS
         refuse_if(not known, f"--plan_for {config.plan_for}: must be a number, x, and one of {', '.join(CARDS)}")
@@ -1687,11 +1712,11 @@ def disk_needed(config, rows, shape, steps):
 def check_disk(config, needs):
     """The disks take what disk_needed says. Raises Refusal."""
     disks = collections.Counter()
-    for flag, needed in zip(("output_dir", "encoded_dir"), needs):
-        there = existing(getattr(config, flag))
+    for name, needed in zip(("output_dir", "encoded_dir"), needs):
+        there = existing(getattr(config, name))
         disk, free = os.stat(there).st_dev, shutil.disk_usage(there).free
         disks[disk] += needed  # both may be on one
-        refuse_if(disks[disk] > free, f"--{flag} {getattr(config, flag)}: {disks[disk] / 1e9:.1f} GB will be written, "
+        refuse_if(disks[disk] > free, f"--{name} {getattr(config, name)}: {disks[disk] / 1e9:.1f} GB will be written, "
                   f"{free / 1e9:.1f} GB are free; fewer --checkpoints_total_limit need less")  # fmt: skip
 
 
@@ -1776,7 +1801,6 @@ def remedies(load):
                 flags = f"--gradient_checkpointing --train_batch_size {size} --total_batch_size {total}"
                 flags += " without --recompute_blocks" * (load.config.recompute_blocks is not None)
                 yield words + flags, way.but(gradient_checkpointing=True, recompute_blocks=None, train_batch_size=size)
-    yield "more cards", load.but(train_batch_size=0)
 
 
 def token_counts(config, base, rows, most=10_000):
@@ -1858,6 +1882,14 @@ def publish(config, checkpoint):
             shutil.copyfile(file, final)
 
 
+def open_repository(config):
+    """Id of the repository for --push_to_hub, made at the start: no run ends without it. Raises Refusal."""
+    from huggingface_hub import create_repo
+
+    with explained("--push_to_hub (log in with `hf auth login`, or set HF_TOKEN)"):
+        return create_repo(config.hub_model_id or Path(config.output_dir).name, exist_ok=True).repo_id
+
+
 def push(config, repository, steps):
     """Upload the weights, the figures, the last picture and a model card. Raises Ended."""
     from huggingface_hub import ModelCardData, upload_folder
@@ -1904,9 +1936,9 @@ def count_steps(config, rows):
     return config.max_train_steps or math.ceil(config.num_train_epochs * rows / total)
 
 
-def fine_tune(config, settings, base, transformer, rows, device):
+def fine_tune(config, settings, base, transformer, rows, identity, device):
     """Encode the rows, train, publish the weights -> optimizer steps. `device` is that of start_ranks."""
-    c, identity = config, {name: getattr(config, name) for name in IDENTITY}
+    c = config
     make_shared(c.output_dir)
     lock = occupy(c.output_dir)  # noqa: F841  # kept until we return
     together(lambda: [shutil.rmtree(left) for left in Path(c.output_dir).glob(".checkpoint-*.tmp")], RANK == 0)
@@ -1957,29 +1989,26 @@ def run(config):
         batch = f"{cards.number} ranks x batch {c.train_batch_size} x {c.gradient_accumulation_steps}"
         print(f"{len(rows)} rows, {held_out} held out; {c.resolution} px; {batch} = {c.total_batch_size} samples "
               f"a step; {steps} steps -> {c.output_dir}")  # fmt: skip
-    repository = None
-    if not c.dry_run:
-        if c.push_to_hub:  # on all ranks: none waits for one that has no right to it; now: no run ends without it
-            from huggingface_hub import create_repo
-
-            with explained("--push_to_hub (log in with `hf auth login`, or set HF_TOKEN)"):
-                repository = create_repo(c.hub_model_id or Path(c.output_dir).name, exist_ok=True).repo_id
-        base, transformer = find_base(c)
-        check_base(c, base, transformer)
-        check_disk(c, disk_needed(c, len(rows), shape, steps))
-        c.control == "column" or load_detector(c.control)
-        heed_signals(launched_by)
-    device = start_ranks(1.5 * c.timeout_minutes)  # longer than a step may take: a rank that hangs is reported there
-    cards = min(gather(cards), key=lambda card: card.capacity or 0)
     load = Load(c, settings["zero_optimization"], shape, cards, c.max_sequence_length)
-    settings["zero_optimization"]["offload_optimizer"]["device"] = choose_offload(load)
+    identity = {name: getattr(c, name) for name in IDENTITY}
     if c.dry_run:
         found, manifest = find_checkpoint(c, content=False)
-        refuse_another(found, manifest, {name: getattr(c, name) for name in IDENTITY})
+        refuse_another(found, manifest, identity)
+        settings["zero_optimization"]["offload_optimizer"]["device"] = choose_offload(load)
         return RANK == 0 and plan(load, base, rows, held_out, steps, manifest.get("step", 0))
+    repository = open_repository(c) if c.push_to_hub else None  # all ranks: none waits for one that has no right to it
+    base, transformer = find_base(c)
+    check_base(c, base, transformer)
+    check_disk(c, disk_needed(c, len(rows), shape, steps))
+    c.control == "column" or load_detector(c.control)
+    heed_signals(launched_by)
+    device = start_ranks(1.5 * c.timeout_minutes)  # longer than a step may take: a rank that hangs is reported there
+    load = dataclasses.replace(load, cards=min(gather(cards), key=lambda card: card.capacity or 0))
+    settings["zero_optimization"]["offload_optimizer"]["device"] = choose_offload(load)
     check_offload(load)
-    steps = fine_tune(c, settings, base, transformer, rows, device)
+    steps = fine_tune(c, settings, base, transformer, rows, identity, device)
     dist.barrier()
+    dist.destroy_process_group()
     if RANK == 0:
         push(c, repository, steps) if repository else None
         drawn = Path(c.output_dir, "validation")
@@ -1996,12 +2025,11 @@ def main(argv=None):
         time.sleep(10 * alone)  # it mostly says the same, and the launcher ends us once it has spoken
         if alone or RANK == 0:
             tqdm.write(f"cv4ctrl.py: {end}", file=sys.stderr)
-        sys.exit(end.code)
-    except KeyboardInterrupt:  # before heed_signals: nothing has begun
-        sys.exit(128 + signal.SIGINT)
-    finally:
         if dist.is_initialized():
             dist.destroy_process_group()  # else gloo sometimes aborts at exit, and changes the exit code
+        sys.exit(end.code)
+    except KeyboardInterrupt:  # before heed_signals: no rank waits for us yet
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

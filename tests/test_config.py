@@ -77,6 +77,7 @@ def test_dash_and_underscore_are_the_same_and_booleans_can_be_switched_off():
     assert (a.train_batch_size, a.gradient_checkpointing, a.learning_rate) == (2, False, 1e-3)
     assert cv4ctrl.dataclasses.replace(a, output_dir=b.output_dir) == b
     assert cv4ctrl.parse(["--local_rank=3"]) == cv4ctrl.parse([]) == cv4ctrl.Config()
+    assert cv4ctrl.parse(["--tracker_project_name", "xxhub_token"]).tracker_project_name == "xxhub_token"
 
 
 def test_defaults_are_the_recipe_of_the_original_document():
@@ -140,7 +141,8 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(argv, words, fl
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("zero", [{"stage": 7}, {"stage": "two"}, {"reduce_bucket_size": "many"}, {"stage": 0, "offload_optimizer": {"device": "cpu"}}])
+@pytest.mark.parametrize("zero", [{"stage": 7}, {"stage": "two"}, {"reduce_bucket_size": "many"}, {"stage": 0, "offload_optimizer": {"device": "cpu"}},
+                                  {"offload_optimizer": {"pin_memory": "perhaps"}}])  # fmt: skip
 def test_engine_sections_that_cannot_be(zero, flags, refused, engine_file, tmp_path):
     line = refused([*flags(tmp_path / "out"), "--deepspeed_config", engine_file(zero_optimization=zero), "--dry_run"])
     assert list(zero)[-1] in line and not (tmp_path / "out").exists()
@@ -261,9 +263,9 @@ def test_dry_run_sees_what_it_would_go_on_from(flags, refused, tmp_path, capsys)
     assert "made with seed = 0" in refused([*flags(tmp_path / "out", seed=1), "--dry_run"])
     assert "holds checkpoints" in refused([*flags(tmp_path / "out", resume_from_checkpoint="none"), "--dry_run"])
     (checkpoint / "manifest.json").write_text(json.dumps(manifest | {"step": 8, "digest": cv4ctrl.digest(json.dumps(manifest))}))
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as ended:
         cv4ctrl.main([*flags(tmp_path / "out"), "--dry_run"])
-    assert "checkpoint-7: not whole" in capsys.readouterr().err
+    assert ended.value.code == 2 and "checkpoint-7: not whole" in capsys.readouterr().err
 
 
 def test_an_interrupt_before_the_run_begins_shows_no_traceback(flags, tmp_path, monkeypatch):
@@ -297,7 +299,8 @@ def test_commands_of_the_readme_are_understood():
 
 @pytest.mark.parametrize("command", [
     "NUM_GPUS=1 bash run.sh", *(pytest.param(command, marks=pytest.mark.long) for command in (
-        "deepspeed --num_gpus=2 cv4ctrl.py", "torchrun --nproc_per_node=2 cv4ctrl.py", "python cv4ctrl.py"))
+        "deepspeed --num_gpus=2 cv4ctrl.py", "torchrun --nproc_per_node=2 cv4ctrl.py", "python cv4ctrl.py",
+        "RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=1 python cv4ctrl.py"))  # one of two ranks: it waits for nobody
 ])  # fmt: skip
 def test_every_way_to_start_it_gets_to_the_plan(command, flags, tmp_path):
     """The README's commands with the real launchers, as far as --dry_run."""

@@ -116,6 +116,11 @@ def test_hits_and_misses(run, base, tmp_path):
         assert run(rows, base=tmp_path / "other")[1:] == expected
 
 
+def test_a_column_that_is_not_needed_is_not_read(run):
+    rows = [(image, b"not an image", text) for image, _, text in tiny.make_rows(4)]
+    assert run(rows, control="canny")[1] == 8
+
+
 def test_duplicates_are_encoded_once(run):
     row = tiny.make_rows(1)[0]
     assert run([row] * 5)[1:] == (2, 2)

@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -212,8 +213,21 @@ def test_a_second_run_in_the_same_folder_is_refused(half, nursery, tmp_path, arg
     assert codes == [0, 0], text
 
 
+def test_a_lock_that_cannot_be_opened_ends_all_ranks(device, tmp_path):
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(cv4ctrl.Ended, match=r"rank 0: .*\.lock: Is a directory"):
+        cv4ctrl.occupy(tmp_path)
+
+
+def test_who_starts_us_by_hand_is_no_launcher():
+    """Their end must not end a run; that the end of a launcher does is seen in test_launched.py."""
+    code = "import cv4ctrl; print(cv4ctrl.launchers())"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "LOCAL_RANK": "0"}
+    assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout == "[]\n"
+
+
 @pytest.mark.long
-def test_a_second_run_is_refused_while_the_first_one_encodes(nursery, out, argv):
+def test_the_folder_is_locked_while_a_run_encodes(nursery, out, argv):
     def try_to_lock(pids):
         until(lambda: "encoding pictures" in (out / "log" / "rank-0.log").read_text(), pids)
         with open(out / "encodes" / ".lock", "a") as file, pytest.raises(BlockingIOError):
