@@ -496,14 +496,16 @@ def section_ranks(bench):
             cv4ctrl.dist.all_gather_into_tensor(weights, weights[:part].clone())
             return now(bench.device) - start
 
-        for batch in (1, 2, 4, 8, 16):
-            c, turns = bench.config(train_batch_size=batch), []
-            with contextlib.closing(cv4ctrl.micro_batches(bench.stream(c, [o.tokens]), 0, 2 * bench.turns, bench.device)) as batches:
-                for _ in range(bench.turns):
-                    whole, sent = timed_step(engine, frame, batches, c), exchange()
-                    with mock.patch.multiple(comm.cdb, **mute):
-                        turns.append((whole, timed_step(engine, frame, batches, c), sent))
-            found.append((batch, batch * sample_flops(engine.module, bench.image_tokens + o.tokens), *map(spread, zip(*turns[o.warm_up :]))))
+        cases = [bench.config(train_batch_size=batch) for batch in (1, 2, 4, 8, 16)]
+        fed = [itertools.repeat(cv4ctrl.to_device(bench.stream(c, [o.tokens])[0], bench.device)) for c in cases]
+        turns = [[] for _ in cases]
+        for _, (c, batches, mine) in itertools.product(range(bench.turns), list(zip(cases, fed, turns))):  # all sizes see the same machine
+            whole, sent = timed_step(engine, frame, batches, c), exchange()
+            with mock.patch.multiple(comm.cdb, **mute):
+                mine.append((whole, timed_step(engine, frame, batches, c), sent))
+        for c, mine in zip(cases, turns):
+            flops = c.train_batch_size * sample_flops(engine.module, bench.image_tokens + o.tokens)
+            found.append((c.train_batch_size, flops, *map(spread, zip(*mine[o.warm_up :]))))
     fixed, slope = fit([(flops, alone.median) for _, flops, _, alone, _ in found])
     for batch, flops, whole, alone, sent in found:
         model, (ms, alone, exchanged) = fixed + slope * flops + sent.median, (Spread(*(1e3 * s for s in kind)) for kind in (whole, alone, sent))
