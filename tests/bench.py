@@ -32,7 +32,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
@@ -357,48 +357,85 @@ def why_not(messages, backend):
     return " ".join(reasons)
 
 
+def by_sample(q, k, v, places):
+    """Attention (B, H, S, d) of each sample over its own tokens, places: B x (its length,); zeros at the others."""
+    out = torch.zeros_like(q)
+    for n, place in enumerate(places):
+        out[n : n + 1, :, place] = F.scaled_dot_product_attention(*(x[n : n + 1, :, place] for x in (q, k, v)))
+    return out
+
+
+def packed(q, k, v, places):
+    """The same by PyTorch's kernels for samples laid end to end, (tokens of all, H, d); packing and unpacking included."""
+    (batch, heads, length, width), lengths = q.shape, [len(place) for place in places]
+    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=q.device)
+    tokens = torch.cat([n * length + place for n, place in enumerate(places)])
+    flat = (x.transpose(1, 2).reshape(-1, heads, width)[tokens] for x in (q, k, v))
+    out = varlen.varlen_attn(*flat, ends, ends, max(lengths), max(lengths))
+    return q.new_zeros(batch * length, heads, width).index_copy(0, tokens, out).unflatten(0, (batch, length)).transpose(1, 2)
+
+
 def section_attention(bench):
-    """scaled_dot_product_attention forward + backward by backend; gradient error: worst of q, k, v, relative to math in fp32"""
+    """attention forward + backward, the ways in turn; gradient error: worst of q, k, v, relative to math in fp32
+
+    fit: with at most twice the gradient error of math in the same precision, + 1e-5."""
     o, shape, device = bench.options, bench.shape, bench.device
     batch = min(o.batch, 2)  # math keeps all scores
-    for rest in (0, 16, 64, 112):
+    for rest, masked in itertools.product((0, 16, 64, 112), (False, True)):
         length = max(128, (bench.image_tokens + o.tokens) // 128 * 128) + rest
         size = batch, shape["num_attention_heads"], length, shape["attention_head_dim"]
         *inputs, weight = torch.randn(4, *size, device=device).to(bench.dtype)
-        hidden = torch.ones(batch, 1, 1, length, dtype=torch.bool, device=device)
-        hidden[-1, ..., o.tokens - 16 : o.tokens] = False  # the last sample lacks 16 text tokens, as in KeyMaskAttention
+        mask = torch.ones(batch, 1, 1, length, dtype=torch.bool, device=device) if masked else None
+        ways = {"torch's choice": (None, F.scaled_dot_product_attention, {"attn_mask": mask})}
+        if masked:
+            mask[-1, ..., o.tokens - 16 : o.tokens] = False  # the last sample lacks 16 text tokens, as in KeyMaskAttention
+            weight = weight * mask.mT  # what a pad gives is read by nobody
+            places = {"places": [row[0, 0].nonzero()[:, 0] for row in mask]}
+            ways |= {"by sample": (None, by_sample, places), "packed": (None, packed, places)}
+        ways |= {name: (getattr(SDPBackend, backend), *ways["torch's choice"][1:]) for name, backend in BACKENDS.items()}
+        row, found, failed = {"S": length, "S % 128": rest, "mask": masked}, {}, {}
 
-        def gradients(mask, dtype):
+        def seconds(way, dtype):
+            """Of one forward and backward; the gradients go to `found`."""
+            backend, attend, how = ways[way]
             leaves = [x.detach().to(dtype, copy=True).requires_grad_() for x in inputs]
-            F.scaled_dot_product_attention(*leaves, attn_mask=mask).backward(weight.to(dtype))
-            return [x.grad.float() for x in leaves]
+            with sdpa_kernel(backend) if backend else contextlib.nullcontext():
+                start = now(device)
+                attend(*leaves, **how).backward(weight.to(dtype))
+                took = now(device) - start
+            found[way] = [x.grad.float() for x in leaves]
+            return took
 
-        for mask in (None, hidden):
-            with sdpa_kernel(SDPBackend.MATH):
-                exact = gradients(mask, torch.float32)
-            for backend, name in {"torch's choice": None, **BACKENDS}.items():
-                row = {"S": length, "S % 128": rest, "mask": mask is not None, "backend": backend}
-                chosen = sdpa_kernel(getattr(SDPBackend, name)) if name else contextlib.nullcontext()
-                with warnings.catch_warnings(record=True) as said, chosen:
-                    warnings.simplefilter("always")
-                    try:
-                        marks = [now(device) for _ in range(o.warm_up + o.repeats * o.steps + 1) if (found := gradients(mask, bench.dtype))]
-                    except RuntimeError as error:
-                        why = why_not([str(w.message) for w in said], backend) or cv4ctrl.reason(error)
-                        yield row | {"ms": "not available", "gradient error": why}
-                        continue
-                seconds = [b - a for a, b in zip(marks[o.warm_up :], marks[o.warm_up + 1 :])]
-                error = max(((a - b).norm() / b.norm()).item() for a, b in zip(found, exact))
-                yield row | {"ms": spread(seconds, 1e3), "gradient error": error if math.isfinite(error) else "not finite"}
+        seconds("math", torch.float32)
+        exact = found.pop("math")
+        for way in ways:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                try:
+                    seconds(way, bench.dtype)
+                except RuntimeError as error:
+                    failed[way] = (why_not([str(w.message) for w in said], way) or cv4ctrl.reason(error))[:150]
+        turns = [{way: seconds(way, bench.dtype) for way in found} for _ in range(bench.turns)][o.warm_up :]
+        times = {way: spread([turn[way] for turn in turns], 1e3) for way in found}
+        errors = {way: max(((a - b).norm() / b.norm()).item() for a, b in zip(found[way], exact)) for way in found}
+        for way in ways:
+            error = failed.get(way) or (errors[way] if math.isfinite(errors[way]) else "not finite")
+            yield row | {"backend": way, "ms": times.get(way, "not available"), "gradient error": error}
+        best = min((way for way in BACKENDS if errors.get(way, math.inf) <= 2 * errors["math"] + 1e-5), key=lambda way: times[way].median)
+        more = spread([100 * (turn["torch's choice"] / turn[best] - 1) for turn in turns])
+        yield row | {"backend": "torch's choice against the fastest that is fit", "fastest": best, "more %": more}
+
+
+VARIANTS = {"as it is": {}, "compile": dict(compile=True)} | {f"recompute {which}": dict(recompute=which) for which in ("all", "some", "none")}
+VARIANTS |= {f"batch {n}": dict(batch=n) for n in (1, 2, 4, 8, 16)} | {"offload": dict(offload=True)}
 
 
 def section_variants(bench):
     """one change each; what fails is a row that says why"""
-    changes = {"as it is": {}, "compile": dict(compile=True)} | {f"recompute {which}": dict(recompute=which) for which in ("all", "some", "none")}
-    changes |= {f"batch {n}": dict(batch=n) for n in (1, 2, 4, 8, 16)} | {"offload": dict(offload=True)}
-    for name, change in changes.items():
+    for name, change in VARIANTS.items():
         try:
             if re.search(bench.options.variants, name):
+                change = dict(change)
                 c = bench.config(train_batch_size=change.pop("batch", bench.options.batch))
                 stream = bench.stream(c, [bench.options.tokens])
                 with bench.engine(c, **change) as (engine, frame):
@@ -438,6 +475,44 @@ def section_growth(bench):
         yield row | {"TFLOP": flops / 1e12, "ms": measured, "model ms": 1e3 * model, "error %": 100 * (1e3 * model / measured.median - 1)}
     fixed, slope = fit([(f, s.median) for _, f, s in found])
     yield {"fixed ms, of all rows": 1e3 * fixed, "TFLOP/s, of all rows": 1e-12 / slope}
+
+
+def section_ranks(bench):
+    """a step with the other ranks, in turn with one that sends nothing; model: fixed + FLOP / rate, fitted to the latter, + the exchange alone
+
+    exchange: all-reduce of the gradient in fp32 and all-gather of the weights, as ZeRO-2 has them in each step. What a GPU hides behind the
+    backward pass is missing in the model: its error is then the share hidden."""
+    from deepspeed.comm import comm
+
+    o, world, found = bench.options, cv4ctrl.WORLD, []
+    mute = {name: mock.Mock() for name in ("all_reduce", "reduce", "all_gather", "all_gather_into_tensor")}
+    with bench.engine(bench.config()) as (engine, frame):
+        part = math.ceil(sum(p.numel() for p in engine.module.parameters()) / world)
+        gradient, weights = torch.zeros(world * part, device=bench.device), torch.zeros(world * part, dtype=bench.dtype, device=bench.device)
+
+        def exchange():
+            start = now(bench.device)
+            cv4ctrl.dist.all_reduce(gradient)
+            cv4ctrl.dist.all_gather_into_tensor(weights, weights[:part].clone())
+            return now(bench.device) - start
+
+        cases = [bench.config(train_batch_size=batch) for batch in (1, 2, 4, 8, 16)]
+        fed = [itertools.repeat(cv4ctrl.to_device(bench.stream(c, [o.tokens])[0], bench.device)) for c in cases]
+        turns = [[] for _ in cases]
+        for _, (c, batches, mine) in itertools.product(range(bench.turns), list(zip(cases, fed, turns))):  # all sizes see the same machine
+            whole, sent = timed_step(engine, frame, batches, c), exchange()
+            with mock.patch.multiple(comm.cdb, **mute):
+                mine.append((whole, timed_step(engine, frame, batches, c), sent))
+        for c, mine in zip(cases, turns):
+            flops = c.train_batch_size * sample_flops(engine.module, bench.image_tokens + o.tokens)
+            found.append((c.train_batch_size, flops, *map(spread, zip(*mine[o.warm_up :]))))
+    fixed, slope = fit([(flops, alone.median) for _, flops, _, alone, _ in found])
+    for batch, flops, whole, alone, sent in found:
+        model, (ms, alone, exchanged) = fixed + slope * flops + sent.median, (Spread(*(1e3 * s for s in kind)) for kind in (whole, alone, sent))
+        yield {"ranks": world, "batch": batch, "ms": ms, "sending nothing ms": alone, "exchange ms": exchanged, "model ms": 1e3 * model,
+               "error %": 100 * (1e3 * model / ms.median - 1)}  # fmt: skip
+    moved = gradient.nbytes * 2 * (world - 1) / world + weights.nbytes * (world - 1) / world
+    yield {"bytes a rank sends": moved, "GB/s": 1e-9 * moved / statistics.median(sent.median for *_, sent in found)}
 
 
 def section_mixed(bench):
@@ -580,6 +655,8 @@ def parse(argv):
     if unknown := set(options.chosen) - SECTIONS.keys():
         parser.error(f"no such section: {', '.join(unknown)}")
     options.chosen = [name for name in options.chosen if options.reference or name != "reference"]
+    if "variants" in options.chosen and not any(re.search(options.variants, name) for name in VARIANTS):
+        parser.exit(2, f"bench.py: --variants {options.variants}: none of {', '.join(VARIANTS)}\n")
     return options
 
 

@@ -43,15 +43,26 @@ def test_a_step_and_its_parts(measure):
 
 
 @pytest.mark.parametrize("precision, low, high", [("no", 1e-8, 1e-5), ("bf16", 1e-4, 3e-2)])
-def test_attention_of_every_backend(measure, precision, low, high):
+def test_attention_of_every_backend(measure, monkeypatch, precision, low, high):
+    """With a stand-in for the kernel of packed samples, which CPUs lack."""
+
+    def varlen_attn(q, k, v, ends, ends_k, longest, longest_k):
+        assert ends is ends_k and ends.dtype == torch.int32 and longest == longest_k == ends.diff().max()
+        parts = [[x[a:b].transpose(0, 1) for x in (q, k, v)] for a, b in zip(ends, ends[1:])]
+        return torch.cat([torch.nn.functional.scaled_dot_product_attention(*part).transpose(0, 1) for part in parts])
+
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(bench.varlen, "varlen_attn", varlen_attn)
     rows = measure("attention", "--mixed_precision", precision)[0]["attention"]
-    assert len(rows) == 4 * 2 * 5 and {row["S % 128"] for row in rows} == {0, 16, 64, 112}
+    verdicts, rows = ([row for row in rows if ("fastest" in row) == verdict] for verdict in (True, False))
+    assert len(rows) == 4 * (5 + 7) and {row["S % 128"] for row in rows} == {0, 16, 64, 112}
     for row in rows:
         if row["ms"] == "not available":
             assert row["backend"] in bench.BACKENDS and len(row["gradient error"]) > 10
         elif row["backend"] != "math" or precision == "bf16":
             assert low < row["gradient error"] < high, row
-    assert {row["backend"] for row in rows if row["ms"] != "not available"} >= {"math", "torch's choice"}
+    assert {row["backend"] for row in rows if row["ms"] != "not available"} >= {"math", "torch's choice", "by sample", "packed"}
+    assert len(verdicts) == 4 * 2 and all(row["fastest"] in bench.BACKENDS and len(row["more %"]) == 3 for row in verdicts)
 
 
 def test_a_variant_that_fails_is_a_row(measure, monkeypatch):
@@ -87,6 +98,17 @@ def test_growth_with_batch_and_resolution(measure):
     *rows, constants = measure("growth")[0]["growth"]
     assert [(row["batch"], row["px"], row["S"]) for row in rows[-3:]] == [(4, 32, 20), (4, 96, 52), (4, 128, 80)]
     assert all(row["TFLOP"] > 0 and row["model ms"] > 0 for row in rows) and len(rows) == 8 and constants["fixed ms, of all rows"] > 0
+
+
+def test_ranks_that_exchange(tmp_path):
+    """Steps that send nothing are faster than those that do; two ranks under a launcher."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [ROOT / "tests" / "bench.py", "--sections", "ranks", *SHORT, "--steps", "5", "--json", tmp_path / "bench.json"]
+    subprocess.run(command, check=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    *rows, line = json.loads((tmp_path / "bench.json").read_text())["sections"]["ranks"]
+    assert [(row["ranks"], row["batch"]) for row in rows] == [(2, n) for n in (1, 2, 4, 8, 16)]
+    assert line["bytes a rank sends"] == pytest.approx(1.5 * 4 * 1.04e6, rel=0.01) and line["GB/s"] > 0.01
+    assert sum(row["sending nothing ms"][0] for row in rows) < sum(row["ms"][0] for row in rows)
 
 
 def test_encoding_and_reading_the_cache(measure):
@@ -136,7 +158,7 @@ def test_spread_and_table():
     assert bench.table([{"a": 1, "b": 0.5}, {"a": 22, "b": "x"}, {"c": bench.Spread(1.0, 0.5, 2.0)}]) == "\na   b\n1   0.5\n22  x\n\nc\n1 (0.5 .. 2)"
 
 
-@pytest.mark.parametrize("words", [["nothing"], ["--layers", "1"], ["--warm_up", "0"], ["--bat", "4"]])
+@pytest.mark.parametrize("words", [["nothing"], ["--layers", "1"], ["--warm_up", "0"], ["--bat", "4"], ["--variants", "batch 3"]])
 def test_a_wrong_command_is_refused(words, capsys):
     with pytest.raises(SystemExit) as ended:
         bench.parse(words)
