@@ -512,7 +512,8 @@ def section_ranks(bench):
         yield {"ranks": world, "batch": batch, "ms": ms, "sending nothing ms": alone, "exchange ms": exchanged, "model ms": 1e3 * model,
                "error %": 100 * (1e3 * model / ms.median - 1)}  # fmt: skip
     moved = gradient.nbytes * 2 * (world - 1) / world + weights.nbytes * (world - 1) / world
-    yield {"bytes a rank sends": moved, "GB/s": 1e-9 * moved / statistics.median(sent.median for *_, sent in found)}
+    calls = sum(one.call_count for one in mute.values()) / (bench.turns * len(cases))
+    yield {"bytes a rank sends": moved, "GB/s": 1e-9 * moved / statistics.median(sent.median for *_, sent in found), "collectives a step": calls}
 
 
 def section_mixed(bench):
