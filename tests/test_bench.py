@@ -100,6 +100,7 @@ def test_growth_with_batch_and_resolution(measure):
     assert all(row["TFLOP"] > 0 and row["model ms"] > 0 for row in rows) and len(rows) == 8 and constants["fixed ms, of all rows"] > 0
 
 
+@pytest.mark.long
 def test_ranks_that_exchange(tmp_path):
     """Two ranks under a launcher; the steps that send nothing do leave out what DeepSpeed sends."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
