@@ -553,6 +553,7 @@ def occupy(folder):
     held = []
 
     def taken():
+        """By another run?"""
         held.append(open(Path(folder, ".lock"), "a"))
         try:
             fcntl.lockf(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -607,6 +608,7 @@ def heed_signals(launched_by):
         signal.signal(number, lambda *_: None)
 
     def listen():
+        """For as long as this process lives."""
         pipe = select.poll()
         pipe.register(ours, select.POLLIN)
         while True:
