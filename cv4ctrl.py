@@ -902,10 +902,7 @@ def encode(config, base, rows, device):
     refuse_if(any(case.control in broken for case in cases), f"--validation_image: {first}")
     if left_out:
         say(f"left out {left_out} rows that cannot be used, the first: {first}")
-    # held out is at most a tenth, chosen by content, so that no row moves the others
-    ordered = sorted(usable, key=lambda row: (digest("held out", row.image, row.caption), row.id))
-    chosen = set(ordered[: min(c.probe_samples, len(usable) // 10)])
-    train, held_out = ([row for row in usable if (row in chosen) == out] for out in (False, True))
+    train, held_out = hold_out(usable, c.probe_samples)
     cases = [case._replace(image=None) for case in cases] or held_out[:VALIDATION_CASES]
     scaling = json.loads((base / "vae" / "config.json").read_text())["scaling_factor"]
     index = gather(read_index(folder) if RANK == 0 else None)[0]
@@ -913,6 +910,13 @@ def encode(config, base, rows, device):
     if lost or empty not in index:
         raise Ended(f"{folder}: what was encoded is not there any more; does something else clean up there?")
     return Encoded(index, train, held_out, cases, empty, scaling)
+
+
+def hold_out(rows, wanted):
+    """(rows to train on, rows to evaluate on): at most a tenth, chosen by content, so that no row moves the others."""
+    chosen = sorted(rows, key=lambda row: (digest("held out", row.image, row.caption), row.id))
+    chosen = set(chosen[: min(wanted, len(rows) // 10)])
+    return [row for row in rows if row not in chosen], [row for row in rows if row in chosen]
 
 
 def load_options(config, folder):
