@@ -901,7 +901,8 @@ def encode(config, base, rows, device):
               "--skip_bad_rows leaves them out)")  # fmt: skip
     refuse_if(any(case.control in broken for case in cases), f"--validation_image: {first}")
     if left_out:
-        say(f"left out {left_out} rows that cannot be used, the first: {first}")
+        ids = ", ".join(map(str, sorted(set(range(len(rows))) - {row.id for row in usable})[:50]))
+        say(f"left out {left_out} rows that cannot be used ({ids}{', ...' * (left_out > 50)}), the first: {first}")
     train, held_out = hold_out(usable, c.probe_samples)
     cases = [case._replace(image=None) for case in cases] or held_out[:VALIDATION_CASES]
     scaling = json.loads((base / "vae" / "config.json").read_text())["scaling_factor"]
@@ -1835,7 +1836,7 @@ def plan(load, base, rows, held_out, steps, start):
         "rows": f"{len(rows)}, {held_out} of them held out",
         "captions": ", ".join(f"{number} of {length} tokens" for length, number in counts.items()),
         "steps": f"{steps} of {c.total_batch_size} samples, {epochs:.2f} epochs" + f"; {start} are done" * (start > 0),
-        "to encode": f"at most {2 * len(rows)} pictures and {len(rows) + 1} captions, less the "
+        "to encode": f"at most {2 * len(rows)} pictures and {len(rows) + 1} captions, but for what is among the "
                      f"{len(read_index(c.encoded_dir))} entries that the cache holds",
         "a card": f"{split} = {load.total() / 1e9:.3g} GB{room}",
         "a host": f"{host / 1e9:.3g} GB a rank for what is offloaded" if host else "nothing is offloaded",
@@ -1872,8 +1873,8 @@ def write_run(config, settings, start, steps):
     packages = {name: version(name) for name in ("torch", "deepspeed", "diffusers", "transformers")}
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     run = {"command": sys.argv, "start_step": start, "steps": steps, "config": dataclasses.asdict(config),
-           "deepspeed": settings, "ranks": WORLD, "hardware": hardware, "commit": commit,
-           "versions": packages | {"python": platform.python_version()}}  # fmt: skip
+           "deepspeed": settings, "ranks": WORLD, "hardware": hardware, "threads": torch.get_num_threads(),
+           "commit": commit, "versions": packages | {"python": platform.python_version()}}  # fmt: skip
     write_aside(Path(config.output_dir, "run.json"), lambda path: path.write_text(json.dumps(run, indent=1)))
 
 
@@ -1995,6 +1996,8 @@ def run(config):
         batch = f"{cards.number} ranks x batch {c.train_batch_size} x {c.gradient_accumulation_steps}"
         print(f"{len(rows)} rows, {held_out} held out; {c.resolution} px; {batch} = {c.total_batch_size} samples "
               f"a step; {steps} steps -> {c.output_dir}")  # fmt: skip
+    if c.lr_scheduler != "constant" and steps <= c.lr_warmup_steps:
+        say(f"--lr_warmup_steps {c.lr_warmup_steps}: all {steps} steps are warm-up, the peak of the rate is never reached")
     load = Load(c, settings["zero_optimization"], shape, cards, c.max_sequence_length)
     identity = {name: getattr(c, name) for name in IDENTITY}
     if c.dry_run:

@@ -3,7 +3,7 @@
 # bash run.sh test [pytest flags]  run the tests
 # bash run.sh [flags]              the recipe: CogView4-6B, all GPUs, 8 samples a card, 128 a step; any flag is passed on
 #
-# NUM_GPUS limits the GPUs (of each machine); a file named hostfile here, or the one that HOSTFILE names, lists several
+# NUM_GPUS limits the GPUs (of each machine), MASTER_PORT is where the ranks of the recipe meet; a file named hostfile here, or the one that HOSTFILE names, lists several
 # machines as DeepSpeed expects it. Packages come from the active Python if it has them, else from .venv, made when missing.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -40,30 +40,62 @@ prepare() { # sets $python
   export PATH="$(dirname "$python"):$PATH" # ninja, which DeepSpeed calls by name, is there
 }
 
+free_port() { # after a look at the flags "$@" and at who works in their output folder
+  PYTHONPATH=$here "$python" - "$@" <<'PY'
+import os
+import socket
+import sys
+
+import cv4ctrl
+
+try:
+    config = cv4ctrl.parse()
+    cv4ctrl.check(cv4ctrl.resolve(config, int(os.environ.get("NUM_GPUS", 1))))
+    lock = os.path.exists(config.output_dir) and cv4ctrl.occupy(config.output_dir)
+except cv4ctrl.Ended as end:
+    sys.exit(f"run.sh: {end}")
+with socket.create_server(("127.0.0.1", 0)) as server:
+    print(server.getsockname()[1])
+PY
+}
+
 case ${1-} in
+"" | -*) ;;
 demo)
   shift
   prepare
-  "$python" "$here/tests/tiny.py" "$here/demo"
-  train=("$python" -m deepspeed.launcher.runner --num_gpus="${NUM_GPUS:-1}" "$here/cv4ctrl.py" \
-    --pretrained_model_name_or_path "$here/tests/base" --dataset_name "$here/demo/data" --encoded_dir "$here/demo/encoded" \
+  case " $*" in *" --output"*) echo "run.sh: the demo's output is demo/run" >&2; exit 2 ;; esac
+  flags=(--pretrained_model_name_or_path "$here/tests/base" --dataset_name "$here/demo/data" --encoded_dir "$here/demo/encoded" \
     --output_dir "$here/demo/run" --resolution 64 --mixed_precision no --no_gradient_checkpointing --train_batch_size 24 \
     --max_train_steps 580 --learning_rate 1.8e-2 --adam_beta2 0.97 --lr_warmup_steps 30 --checkpointing_steps 290 \
     --validation_steps 145 --num_inference_steps 20 --guidance_scale 1 --dataloader_num_workers 1 --log_dataset_samples "$@")
   case " $*" in
-  *" --help"* | *" -h"* | *" --dry"*) exec "${train[@]}" ;;
-  *" --output"*) echo "run.sh: the demo's output is demo/run" >&2; exit 2 ;;
+  *" --help"* | *" -h"* | *" --dry"*)
+    "$python" "$here/tests/tiny.py" "$here/demo"
+    exec "$python" "$here/cv4ctrl.py" "${flags[@]}"
+    ;;
   esac
+  port=$(free_port "${flags[@]}") || exit 2 # nothing is moved for a flag that is wrong, nor away from a run at work
+  "$python" "$here/tests/tiny.py" "$here/demo"
   rm -rf "$here/demo/previous" # training starts anew; the encoded data are kept
   [ ! -d "$here/demo/run" ] || mv "$here/demo/run" "$here/demo/previous"
-  "${train[@]}"
-  "$python" "$here/tests/progress.py" "$here/demo/run" "$here/demo/progress.png"
-  exit
+  set -m # signals to this script alone are passed on
+  "$python" -m deepspeed.launcher.runner --num_gpus="${NUM_GPUS:-1}" --master_port "$port" "$here/cv4ctrl.py" "${flags[@]}" &
+  trap 'kill -TERM $!' TERM
+  trap 'kill -INT $!' INT
+  code=0
+  while wait $! && code=0 || code=$?; kill -0 $! 2>/dev/null; do :; done
+  [ "$code" = 0 ] || exit "$code"
+  exec "$python" "$here/tests/progress.py" "$here/demo/run" "$here/demo/progress.png"
   ;;
 test)
   shift
   prepare
   exec "$python" -m pytest "$here/tests" -q "$@"
+  ;;
+*)
+  echo "run.sh: $1 is none of demo, test and flags" >&2
+  exit 2
   ;;
 esac
 
@@ -73,7 +105,7 @@ if [ ! -e "$hostfile" ] && [ -z "${NUM_GPUS-}" ] && ! nvidia-smi -L 2>/dev/null 
   exit 2
 fi
 prepare
-launch=(${NUM_GPUS:+--num_gpus="$NUM_GPUS"})
+launch=(${NUM_GPUS:+--num_gpus="$NUM_GPUS"} ${MASTER_PORT:+--master_port="$MASTER_PORT"})
 [ -e "$hostfile" ] && launch+=(--hostfile "$hostfile")
 exec "$python" -m deepspeed.launcher.runner "${launch[@]}" "$here/cv4ctrl.py" \
   --train_batch_size 8 --total_batch_size 128 --max_train_steps 50000 "$@"

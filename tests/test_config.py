@@ -1,5 +1,6 @@
 """Room 2: flags, ds_config.json and their contradictions; every mistake is one line and exit code 2, and nothing is written."""
 
+import fcntl
 import json
 import os
 import re
@@ -268,6 +269,12 @@ def test_dry_run_sees_what_it_would_go_on_from(flags, refused, tmp_path, capsys)
     assert ended.value.code == 2 and "checkpoint-7: not whole" in capsys.readouterr().err
 
 
+def test_a_run_of_nothing_but_warm_up_is_named(flags, tmp_path, capsys):
+    for steps, said in ((9, True), (10, False)):
+        cv4ctrl.main([*flags(tmp_path / "out", lr_scheduler="cosine", lr_warmup_steps=9, max_train_steps=steps), "--dry_run"])
+        assert ("all 9 steps are warm-up" in capsys.readouterr().err) == said
+
+
 def test_an_interrupt_before_the_run_begins_shows_no_traceback(flags, tmp_path, monkeypatch):
     def interrupt(config):
         raise KeyboardInterrupt
@@ -319,6 +326,21 @@ def test_the_recipe_needs_a_gpu():
     env = {name: value for name, value in os.environ.items() if name not in ("NUM_GPUS", "HOSTFILE")} | {"HOSTFILE": "/nowhere"}
     done = subprocess.run(["bash", "run.sh"], cwd=ROOT, capture_output=True, text=True, env=env, timeout=60)
     assert done.returncode == 2 and "bash run.sh demo" in done.stderr and not done.stdout
+
+
+def test_a_demo_with_a_wrong_flag_or_beside_another_one_leaves_the_last_run_where_it_is(tmp_path):
+    for name in ("cv4ctrl.py", "run.sh", "requirements.txt", "ds_config.json"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "demo" / "run").mkdir(parents=True)
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    demo = lambda *words: subprocess.run(["bash", "run.sh", "demo", *words], cwd=tmp_path, env=env, capture_output=True, text=True)  # noqa: E731
+    done = demo("--learning_rate", "abc")
+    assert done.returncode == 2 and "learning_rate" in done.stderr and len(done.stderr.splitlines()) == 1
+    with open(tmp_path / "demo" / "run" / ".lock", "a") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        done = demo()
+    assert done.returncode == 2 and "another run is at work there" in done.stderr
+    assert [file.name for file in (tmp_path / "demo").iterdir()] == ["run"]
 
 
 def test_the_tests_that_the_readme_names_are_there():

@@ -166,7 +166,7 @@ def test_rows_that_cannot_be_used(run, refused, flags, base, tmp_path, capsys):
     assert len(cv4ctrl.read_index(tmp_path / "kept")) > 0  # what was encoded is kept
     encoded, *_ = run([*good[:3], *bad, *good[3:]], "skipped", skip_bad_rows=True)
     assert sorted(row.id for row in (*encoded.train, *encoded.held_out)) == [0, 1, 2, *range(6, 13)]
-    assert "left out 3" in capsys.readouterr().err
+    assert "left out 3 rows that cannot be used (3, 4, 5)" in capsys.readouterr().err
 
 
 def test_bad_rows_do_not_move_the_choice_of_others(run):
