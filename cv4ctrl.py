@@ -1997,7 +1997,7 @@ def run(config):
         print(f"{len(rows)} rows, {held_out} held out; {c.resolution} px; {batch} = {c.total_batch_size} samples "
               f"a step; {steps} steps -> {c.output_dir}")  # fmt: skip
     if c.lr_scheduler != "constant" and steps <= c.lr_warmup_steps:
-        say(f"--lr_warmup_steps {c.lr_warmup_steps}: all {steps} steps are warm-up, the peak of the rate is never reached")
+        say(f"--lr_warmup_steps {c.lr_warmup_steps}: all {steps} steps are warm-up, the peak is never reached")
     load = Load(c, settings["zero_optimization"], shape, cards, c.max_sequence_length)
     identity = {name: getattr(c, name) for name in IDENTITY}
     if c.dry_run:
