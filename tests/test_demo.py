@@ -27,7 +27,7 @@ BASE = ROOT / "tests" / "base"
 
 def flags_of_the_demo(folder, name, *more):
     """The words of run.sh, with FOLDER for demo/ and FOLDER/name for its run."""
-    command = (ROOT / "run.sh").read_text().split("demo)")[1].split('cv4ctrl.py" \\\n')[1].split('"$@"')[0]
+    command = (ROOT / "run.sh").read_text().split("flags=(")[1].split('"$@")')[0]
     words = shlex.split(
         command.replace("\\\n", " ").replace("$here/demo/run", f"{folder}/{name}").replace("$here/demo", str(folder)).replace("$here", str(ROOT))
     )
