@@ -304,10 +304,10 @@ def test_commands_of_the_readme_are_understood():
             assert cv4ctrl.engine_settings(c)["train_batch_size"] == c.total_batch_size in (64, 128)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", [
-    "NUM_GPUS=1 bash run.sh", *(pytest.param(command, marks=pytest.mark.long) for command in (
-        "deepspeed --num_gpus=2 cv4ctrl.py", "torchrun --nproc_per_node=2 cv4ctrl.py", "python cv4ctrl.py",
-        "RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=1 python cv4ctrl.py"))  # one of two ranks: it waits for nobody
+    "NUM_GPUS=1 bash run.sh", "deepspeed --num_gpus=2 cv4ctrl.py", "torchrun --nproc_per_node=2 cv4ctrl.py", "python cv4ctrl.py",
+    "RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=1 python cv4ctrl.py",  # one of two ranks: it waits for nobody
 ])  # fmt: skip
 def test_every_way_to_start_it_gets_to_the_plan(command, flags, tmp_path):
     """The README's commands with the real launchers, as far as --dry_run."""
