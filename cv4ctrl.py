@@ -1240,7 +1240,7 @@ def judge(settings, file):
     "auto" stays for the device of the optimizer's state alone: choose_offload decides on it."""
     zero, types = settings.setdefault("zero_optimization", {}), settings.setdefault("data_types", {})
     offload, kind = zero.get("offload_optimizer", {}), settings.get("optimizer", {"type": "AdamW"}).get("type")
-    device, nodes = offload.get("device", "none"), dict(walk(settings))
+    device, stage, nodes = offload.get("device", "none"), zero.get("stage"), dict(walk(settings))
     decided = ("zero_optimization.offload_optimizer.device", "data_types.grad_accum_dtype")
     unset = [key for key, value in nodes.items() if value == "auto" and key not in decided]
     trackers = [name for name in (*TRACKERS.values(), "comet") if name in settings]
@@ -1248,6 +1248,7 @@ def judge(settings, file):
         ("scheduler" in settings, "a scheduler, which contradicts --lr_scheduler: remove it"),
         (kind not in ("Adam", "AdamW"), f"optimizer.type = {kind}: only Adam and AdamW are known"),
         ("cpu_offload" in zero, "cpu_offload, which is an old name: write offload_optimizer"),
+        (str(stage) not in "0 1 2 3".split(), f"zero_optimization.stage = {stage}: must be 0, 1, 2 or 3"),
         ("nvme" in nodes.values(), "nvme, to which nothing can be offloaded here: use cpu"),
         (device not in ("auto", "cpu", "none"), f"offload_optimizer.device = {device}: must be auto, cpu or none"),
         (not settings["bf16"].setdefault("check_grad_overflow", True),

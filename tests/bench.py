@@ -656,8 +656,11 @@ def parse(argv):
     if unknown := set(options.chosen) - SECTIONS.keys():
         parser.error(f"no such section: {', '.join(unknown)}")
     options.chosen = [name for name in options.chosen if options.reference or name != "reference"]
-    if "variants" in options.chosen and not any(re.search(options.variants, name) for name in VARIANTS):
-        parser.exit(2, f"bench.py: --variants {options.variants}: none of {', '.join(VARIANTS)}\n")
+    try:
+        if "variants" in options.chosen and not any(re.search(options.variants, name) for name in VARIANTS):
+            parser.exit(2, f"bench.py: --variants {options.variants}: none of {', '.join(VARIANTS)}\n")
+    except re.error as error:
+        parser.error(f"--variants {options.variants}: {error}")
     return options
 
 

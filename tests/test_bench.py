@@ -159,7 +159,7 @@ def test_spread_and_table():
     assert bench.table([{"a": 1, "b": 0.5}, {"a": 22, "b": "x"}, {"c": bench.Spread(1.0, 0.5, 2.0)}]) == "\na   b\n1   0.5\n22  x\n\nc\n1 (0.5 .. 2)"
 
 
-@pytest.mark.parametrize("words", [["nothing"], ["--layers", "1"], ["--warm_up", "0"], ["--bat", "4"], ["--variants", "batch 3"]])
+@pytest.mark.parametrize("words", [["nothing"], ["--layers", "1"], ["--warm_up", "0"], ["--bat", "4"], ["--variants", "batch 3"], ["--variants", "("]])
 def test_a_wrong_command_is_refused(words, capsys):
     with pytest.raises(SystemExit) as ended:
         bench.parse(words)

@@ -142,8 +142,8 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(argv, words, fl
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("zero", [{"stage": 7}, {"stage": "two"}, {"reduce_bucket_size": "many"}, {"stage": 0, "offload_optimizer": {"device": "cpu"}},
-                                  {"offload_optimizer": {"pin_memory": "perhaps"}}])  # fmt: skip
+@pytest.mark.parametrize("zero", [{"stage": 7}, {"stage": "two"}, {"stage": True}, {"stage": 2, "reduce_bucket_size": "many"},
+                                  {"stage": 0, "offload_optimizer": {"device": "cpu"}}, {"stage": 2, "offload_optimizer": {"pin_memory": "perhaps"}}])  # fmt: skip
 def test_engine_sections_that_cannot_be(zero, flags, refused, engine_file, tmp_path):
     line = refused([*flags(tmp_path / "out"), "--deepspeed_config", engine_file(zero_optimization=zero), "--dry_run"])
     assert list(zero)[-1] in line and not (tmp_path / "out").exists()
@@ -193,7 +193,8 @@ def test_half_precision_is_refused_before_anything_heavy_is_imported(tmp_path):
     ({"optimizer": {"type": "AdamW", "params": 3}}, ["optimizer", "object"]),
     ({"zero_optimization": {"stage": "auto"}}, ["zero_optimization.stage", "auto"]),
     ({"optimizer": {}}, ["optimizer.type", "AdamW"]), ({"zero_optimization": {"cpu_offload": True}}, ["cpu_offload", "offload_optimizer"]),
-    ({"optimizer": {"type": "Lion"}}, ["Lion", "AdamW"]), ({"optimizer": {"type": "AdamW"}, "zero_optimization": {}}, ["stage 1"]),
+    ({"optimizer": {"type": "Lion"}}, ["Lion", "AdamW"]), ({"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 0}}, ["stage 1"]),
+    ({"zero_optimization": None, "zero_optimisation": {"stage": 2}}, ["zero_optimization.stage = None"]),
     ({"bf16": {"check_grad_overflow": False}}, ["check_grad_overflow"]),
     ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, ["nvme"]),
 ])  # fmt: skip
