@@ -1044,12 +1044,13 @@ def collate(samples, mu):
 
 
 def micro_batches(stream, start, stop, device):
-    """The micro-batches of steps start .. stop, on `device`."""
+    """The micro-batches of steps start .. stop, on `device`; the loader workers start at once."""
     accumulation, workers = stream.config.gradient_accumulation_steps, stream.config.dataloader_num_workers
     numbers, pin = range(start * accumulation, stop * accumulation), device.type == "cuda"
     loader = DataLoader(stream, None, sampler=numbers, num_workers=min(workers, len(numbers)), pin_memory=pin,
                         worker_init_fn=outlive_signals)  # fmt: skip
-    return (to_device(batch, device) for batch in loader)
+    loaded = iter(loader)
+    return (to_device(batch, device) for batch in loaded)
 
 
 def to_device(batch, device):
@@ -1290,8 +1291,10 @@ def start_ranks(minutes=120):
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     torch.backends.cuda.enable_cudnn_sdp(False)  # gave NaN gradients with masks (pytorch#196678); others remain
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    limit, groups = datetime.timedelta(minutes=minutes), deepspeed.utils.groups
     with explained(f"the ranks cannot meet at {address}; another --master_port of the launcher may do", Ended):
-        deepspeed.init_distributed(timeout=datetime.timedelta(minutes=minutes), verbose=False)
+        deepspeed.init_distributed(timeout=limit, verbose=False)
+    groups._WORLD_GROUP = groups._WORLD_GROUP or dist.new_group(timeout=limit)  # the engine's would wait 10 minutes
     return torch.device(accelerator.current_device_name())
 
 
@@ -1585,13 +1588,16 @@ def train_step(engine, frame, batches, config, rate):
         engine.backward(loss)
         engine.step()  # does nothing before the last micro-batch, nor where a gradient is not finite
         losses.append(loss.detach())
+    if not engine.was_step_applied():  # DeepSpeed 0.19.8 keeps the sum of such gradients where it offloads
+        sums = getattr(engine.optimizer, "averaged_gradients", {})
+        sums.update(dict.fromkeys(sums))
     figures = torch.stack([torch.stack(losses).mean() / WORLD, loss.new_tensor(float(bool(STOPS)))])
     dist.all_reduce(figures)
     (loss, stops), norm = figures.tolist(), engine.get_global_grad_norm()  # waits for the device: the clock is true
     return loss, norm if norm is None else float(norm), stops > 0
 
 
-def train(engine, stream, frame, base, identity, start, steps, skipped=0):
+def train(engine, stream, batches, frame, base, identity, start, steps, skipped=0):
     """Optimizer steps start + 1 .. steps, with their evaluations and checkpoints. Raises Ended and Preempted."""
     c, rate, log = stream.config, schedule(stream.config, steps), Log(stream.config, start, steps)
     in_a_row, usual = 0, math.inf  # steps that came to nothing; running mean of the loss
@@ -1600,7 +1606,7 @@ def train(engine, stream, frame, base, identity, start, steps, skipped=0):
     watch()  # where a rank hangs, all say where they are
     if start == 0:
         evaluate(engine, stream, frame, base, log, 0)
-    with contextlib.closing(micro_batches(stream, start, steps, frame.size.device)) as batches:
+    with contextlib.closing(batches):
         for step in range(start + 1, steps + 1):
             watch()
             clock = time.perf_counter()
@@ -1674,8 +1680,9 @@ def check_base(config, base, transformer, weights=True):
 
 # What a run is planned for: how many, bytes of memory of one and its FLOP/s in bf16, None where it is not known.
 Cards = collections.namedtuple("Cards", "number name capacity flops")
-# What memory and time of a widened transformer follow from: parameters in all, those that train, blocks, model width.
-Shape = collections.namedtuple("Shape", "parameters trained layers width")
+# What memory and time of a widened transformer follow from: parameters in all, those that train, those of the largest
+# weight that trains, blocks, model width.
+Shape = collections.namedtuple("Shape", "parameters trained largest layers width")
 
 
 def shape_of(folder, only_blocks):
@@ -1683,9 +1690,9 @@ def shape_of(folder, only_blocks):
     config = json.loads(Path(folder, "config.json").read_text())
     state, config = widen(meta_model(config).state_dict(), config)
     sizes = {name: tensor.numel() for name, tensor in state.items()}
-    trained = sum(size for name, size in sizes.items() if trains(name, only_blocks))
+    trained = [size for name, size in sizes.items() if trains(name, only_blocks)]
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    return Shape(sum(sizes.values()), trained, config["num_layers"], width)
+    return Shape(sum(sizes.values()), sum(trained), max(trained), config["num_layers"], width)
 
 
 def cards_of(config):
@@ -1697,9 +1704,17 @@ def cards_of(config):
         refuse_if(not known, f"--plan_for {config.plan_for}: must be a number, x, and one of {', '.join(CARDS)}")
         return Cards(int(number), name, *CARDS[name])
     if not torch.cuda.is_available():
+        unused = Path("/dev/nvidia0").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
+        refuse_if(unused, f"PyTorch {torch.__version__} cannot use the GPU here: install one of a CUDA that its driver "
+                  "knows (nvidia-smi says which); CUDA_VISIBLE_DEVICES= for the CPU")  # fmt: skip
         return Cards(WORLD, "CPU", None, None)
     name, total = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
     return Cards(WORLD, name, total, next((flops for card, (_, flops) in CARDS.items() if card[:4] in name), None))
+
+
+def exported_bytes(config, shape):
+    """Of the weights that a checkpoint exports."""
+    return shape.parameters * (4 if config.upcast_before_saving or config.mixed_precision == "no" else 2)
 
 
 def disk_needed(config, rows, shape, steps):
@@ -1707,8 +1722,7 @@ def disk_needed(config, rows, shape, steps):
     c, there, limit = config, checkpoints(config.output_dir), config.checkpoints_total_limit or math.inf
     written = math.ceil((steps - max(there, default=0)) / c.checkpointing_steps)
     kept = max(0, min(written, limit + 1 - len(there)))  # one is written while the others are still there
-    size = 4 if c.upcast_before_saving or c.mixed_precision == "no" else 2
-    state = kept * (size * shape.parameters + 12 * shape.trained)  # fp32 weight and Adam's moments of what trains
+    state = kept * (exported_bytes(c, shape) + 12 * shape.trained)  # fp32 weight and Adam's moments of what trains
     state -= sum(f.stat().st_size for f in Path(c.output_dir).glob(".checkpoint-*.tmp/**/*") if f.is_file())  # will go
     drawn = VALIDATION_CASES * (2 + c.num_validation_images) * bool(c.num_validation_images)
     pictures = 3 * drawn * c.resolution**2 * math.ceil(steps / c.validation_steps)  # before PNG's compression
@@ -1788,14 +1802,25 @@ def choose_offload(load):
     return "cpu" if away.fits() else "none"
 
 
+def check_buckets(zero, shape):
+    """No gradient is larger than a bucket: where ranks cut gradients and send them beside the backward pass, DeepSpeed
+    0.19.8 frees a larger one while it is still read (reduce_ipg_grads of stage_1_and_2.py). Raises Refusal."""
+    size, overlaps = zero["reduce_bucket_size"], zero["stage"] == 2 and zero["overlap_comm"]
+    refuse_if(overlaps and size < shape.largest, f"zero_optimization.reduce_bucket_size = {size}, the largest weight has "
+              f"{shape.largest} elements: with overlap_comm its gradient would be wrong; write as many")  # fmt: skip
+
+
 def check_offload(load):
     """Every machine has the memory, and the compiler, for what is offloaded. Raises Refusal, on all ranks."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))  # torchrun's name, deepspeed's name
-    host = load.memory()[1]
-    machines = gather((here * host / 1e9, psutil.virtual_memory().available / 1e9))
+    host, limit = load.memory()[1], Path("/sys/fs/cgroup/memory.max")  # the latter a container's own
+    limit = limit.read_text().strip() if limit.exists() else "max"
+    free = min(psutil.virtual_memory().available, int(limit) if limit.isdigit() else math.inf)
+    saving = 2 * here * SHARD_BYTES + exported_bytes(load.config, load.shape)
+    machines = gather(((here * host + saving) / 1e9, free / 1e9))
     needed, free = max(machines, key=lambda machine: machine[0] - machine[1])
-    refuse_if(needed > free, f"offload_optimizer takes {needed:.0f} GB of a machine's memory, {free:.0f} are free: "
-              "take more cards, or a smaller batch with \"device\": \"none\"")  # fmt: skip
+    refuse_if(host and needed > free, f"offload_optimizer, with what saving takes, needs {needed:.0f} GB of a machine's "
+              f"memory, {free:.0f} are free: take more cards, or a smaller batch with \"device\": \"none\"")  # fmt: skip
     refuse_if(host and not all(gather(bool(shutil.which("g++")))), "offload_optimizer: DeepSpeed compiles its CPU "
               "optimizer with g++, which is not on PATH")  # fmt: skip
 
@@ -1959,6 +1984,8 @@ def fine_tune(config, settings, base, transformer, rows, identity, device):
     identity |= {"rows": len(encoded.train), "content of the rows": content}
     refuse_another(found, manifest, identity)
 
+    stream = Stream(c, encoded, RANK, WORLD)
+    batches = micro_batches(stream, start, steps, device)  # later, its workers would keep copies of what is offloaded
     dtype = torch.bfloat16 if c.mixed_precision == "bf16" else torch.float32
     transformer, variant = (found / "transformer", None) if found else (transformer, c.variant)
     model = load_transformer(transformer, variant, dtype, device)
@@ -1968,7 +1995,6 @@ def fine_tune(config, settings, base, transformer, rows, identity, device):
     for block in model.transformer_blocks if c.compile else ():
         block.compile()  # in place: names of weights stay
     frame, engine = prepare(model, c.resolution, device, dtype), start_engine(c, settings, model)
-    stream = Stream(c, encoded, RANK, WORLD)
     if start >= steps:
         say(f"{found} has {start} of {steps} steps: nothing is left to train")
     if c.probe_samples and len(encoded.held_out) < 2:
@@ -1977,7 +2003,7 @@ def fine_tune(config, settings, base, transformer, rows, identity, device):
         load_state(engine, found / "state", start - manifest["skipped"])
     together(lambda: write_run(c, settings, start, steps), RANK == 0)
     together(lambda: log_samples(stream, base, device), RANK == 0 and c.log_dataset_samples)
-    train(engine, stream, frame, base, identity, start, steps, manifest.get("skipped", 0))
+    train(engine, stream, batches, frame, base, identity, start, steps, manifest.get("skipped", 0))
     together(lambda: publish(c, Path(c.output_dir, f"checkpoint-{steps}") if start < steps else found), RANK == 0)
     return steps
 
@@ -1991,6 +2017,7 @@ def run(config):
     base, transformer = find_base(c, ["*.json"])
     check_base(c, base, transformer, weights=False)
     rows, shape = open_dataset(c), shape_of(transformer, c.only_target_transformer_blocks)
+    check_buckets(settings["zero_optimization"], shape)
     held_out = min(c.probe_samples, len(rows) // 10)
     steps = count_steps(c, len(rows) - held_out)
     if RANK == 0:

@@ -345,6 +345,29 @@ def test_not_a_number_on_one_rank_is_skipped_by_all(nursery, out, argv):
 
 
 @pytest.mark.long
+@pytest.mark.skipif(not shutil.which("g++"), reason="DeepSpeed's optimizer for the host needs g++")
+def test_an_offloaded_optimizer_outlives_a_nan_and_goes_on(nursery, out, argv):
+    """As on a single card. Not bitwise: DeepSpeed multiplies the powers of the betas up, a resumed run calculates them (cpu_adam.h)."""
+
+    def masters(name, device, *halts, forget=None):
+        settings = json.loads((ROOT / "ds_config.json").read_text())
+        settings["zero_optimization"]["offload_optimizer"] = {"device": device}
+        (out / f"{name}.json").write_text(json.dumps(settings))
+        for steps in halts:
+            words = argv(name, deepspeed_config=out / f"{name}.json", max_train_steps=steps, mixed_precision="bf16", num_validation_images=0)
+            codes, text = nursery.run(words, 2, out / "log", fault="nan_on_rank_1" if steps == halts[0] else forget)
+            assert codes == [0, 0], text
+        assert [row["skipped"] for row in rows(out / name)] == [0] + 11 * [1], name
+        entries = [cv4ctrl.load_file(file) for file in (out / name / "checkpoint-12" / "state").iterdir()]
+        return {key: tensor for part in entries for key, tensor in part.items() if key.startswith("master")}
+
+    away = masters("away", "cpu", 12)
+    assert same(away, masters("here", "none", 12), 1e-3)
+    assert same(masters("away-and-on", "cpu", 6, 12), away, 1e-4)
+    assert not same(masters("away-and-forgotten", "cpu", 6, 12, forget="state_forgotten"), away, 1e-3)
+
+
+@pytest.mark.long
 def test_too_many_in_a_row_end_the_run(nursery, out, argv):
     codes, text = nursery.run(argv("nans", max_skipped_steps=3, checkpointing_steps=1), 2, out / "log", fault="nan_from_step_2")
     assert codes == [1, 1] and "Traceback" not in text, text

@@ -78,6 +78,53 @@ def test_plan_is_quick_and_refuses_unknown_cards(cogview, flags, refused, tmp_pa
     assert "--dry_run" in refused(flags(tmp_path / "out", plan_for="8xA100-80GB"))
 
 
+@pytest.mark.parametrize("change, right", [({}, True), ({"reduce_bucket_size": 50_000_000}, False), ({"reduce_bucket_size": 50_000_000, "overlap_comm": False}, True),
+                                           ({"reduce_bucket_size": 50_000_000, "stage": 1}, True)])  # fmt: skip
+def test_a_bucket_smaller_than_a_weight_is_refused(change, right, cogview, flags, refused, planned, tmp_path):
+    settings = json.loads((ROOT / "ds_config.json").read_text())
+    settings["zero_optimization"] |= change
+    (tmp_path / "ds.json").write_text(json.dumps(settings))
+    words = flags(tmp_path / "out", pretrained_model_name_or_path=cogview, deepspeed_config=tmp_path / "ds.json", plan_for="8xA100-80GB")
+    if right:
+        assert planned(words)["a card"]
+    else:
+        line = refused([*words, "--dry_run"])
+        assert "reduce_bucket_size = 50000000" in line and str(4096 * 4 * 4096) in line and "overlap_comm" in line
+
+
+@pytest.mark.parametrize(
+    "free, limit, right", [(129e9, None, False), (140e9, None, True), (140e9, "max", True), (140e9, "129000000000", False), (140e9, "135000000000", True)]
+)
+def test_what_is_offloaded_fits_into_the_host_with_what_saving_takes(free, limit, right, cogview, config, device, monkeypatch, tmp_path):
+    """6.37 billion parameters: 18 bytes each offloaded and 2 exported; and 2 GiB in files of the state. `limit`: of a container."""
+    c = config(pretrained_model_name_or_path=cogview, mixed_precision="bf16")
+    load = cv4ctrl.Load(c, {"stage": 2, "reduce_bucket_size": 1, "overlap_comm": True, "offload_optimizer": {"device": "cpu"}},
+                        cv4ctrl.shape_of(cogview / "transformer", False), cv4ctrl.Cards(1, "A100-80GB", 80e9, None), 128)  # fmt: skip
+    if limit:
+        (tmp_path / "memory.max").write_text(limit + "\n")
+    monkeypatch.setattr(cv4ctrl, "Path", lambda *_: tmp_path / "memory.max")
+    monkeypatch.setattr(cv4ctrl.psutil, "virtual_memory", lambda: type("Memory", (), {"available": free}))
+    monkeypatch.setattr(cv4ctrl.shutil, "which", lambda name: "g++")
+    monkeypatch.delenv("LOCAL_SIZE", raising=False), monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if right:
+        cv4ctrl.check_offload(load)
+        cv4ctrl.check_offload(load.but("none"))
+    else:
+        with pytest.raises(cv4ctrl.Refusal, match="needs 13[0-9] GB of a machine's memory, 129 are free"):
+            cv4ctrl.check_offload(load)
+
+
+def test_a_gpu_that_pytorch_cannot_use_is_named(config, monkeypatch):
+    here = cv4ctrl.Path.exists
+    monkeypatch.setattr(cv4ctrl.Path, "exists", lambda path: str(path) == "/dev/nvidia0" or here(path))
+    monkeypatch.setattr(cv4ctrl.torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(cv4ctrl.Refusal, match="driver"):
+        cv4ctrl.cards_of(config())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert cv4ctrl.cards_of(config()).name == "CPU"
+
+
 @pytest.fixture(scope="module")
 def peaks(flags, tmp_path_factory, encoded):
     """{blocks recomputed, of 4: (measured, planned bytes at the peak)} of steps of the demo's base, and the folder of these runs.

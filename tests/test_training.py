@@ -327,6 +327,28 @@ def test_a_step_costs_little_more_than_the_bare_mathematics(out, flags, tmp_path
     assert trained <= 1.25 * bare, (trained, bare)
 
 
+def test_workers_start_before_the_state_is_there(flags, refused, out, monkeypatch):
+    """Forked from a process with the optimizer's state in host memory, they would keep a copy of it for good."""
+    children = []
+
+    def start_engine(config, settings, model):
+        children.extend(cv4ctrl.psutil.Process().children())
+        raise cv4ctrl.Refusal("seen")
+
+    monkeypatch.setattr(cv4ctrl, "start_engine", start_engine)
+    monkeypatch.setattr(cv4ctrl, "load_transformer", lambda *args, load=cv4ctrl.load_transformer: children.extend("before the model") or load(*args))
+    assert "seen" in refused(flags(out / "forked", dataloader_num_workers=2), progress=True)
+    assert len(children) == len("before the model") + 2
+
+
+def test_all_groups_of_ranks_wait_as_long(device):
+    """The engine's as well, which DeepSpeed would make without a limit of its own."""
+    from deepspeed.utils import groups
+
+    limits = [group._get_backend(device).options._timeout for group in (cv4ctrl.dist.group.WORLD, groups._get_data_parallel_group())]
+    assert limits[0] == limits[1] > cv4ctrl.datetime.timedelta(hours=1)
+
+
 def test_deepspeeds_own_refusal_comes_before_encoding(flags, refused, tmp_path):
     settings = json.loads((ROOT / "ds_config.json").read_text())
     settings["zero_optimization"]["overlap_comm"] = "perhaps"
