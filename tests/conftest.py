@@ -12,6 +12,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import cv4ctrl  # noqa: E402
 import tiny  # noqa: E402
 
+cv4ctrl.torch.set_num_threads(1)  # as the ranks that are started here: what is encoded here and there is bitwise the same
 ROWS = 48  # of 3 to 4 caption lengths: 32 and 48 tokens after padding
 
 
