@@ -541,7 +541,8 @@ def make_shared(folder):
     """Make a folder; all ranks must see the same one. Raises Refusal, Ended."""
     token = gather(Path(folder, f".{os.getpid()}.tmp"))[0]
     together(lambda: (token.parent.mkdir(parents=True, exist_ok=True), token.touch()), RANK == 0)
-    blind = [rank for rank, seen in enumerate(gather(token.exists())) if not seen]
+    seen = any(token.exists() or time.sleep(2) for _ in range(35))  # NFS remembers for 60 s that nothing was there
+    blind = [rank for rank, seen in enumerate(gather(seen)) if not seen]
     together(token.unlink, RANK == 0)
     refuse_if(blind, f"{folder}: ranks {blind} do not see what rank 0 writes there; take a disk that all share")
 
@@ -734,6 +735,8 @@ def open_dataset(config):
                       f"{', '.join(rows.features)}")  # fmt: skip
             refuse_if(found not in (kind, "string", "large_string", "null"), f"--{option} {column}: data set {name} "
                       f"has {found} there, a string or {kind} is expected")  # fmt: skip
+    named = {c.image_column, c.conditioning_image_column, c.caption_column}
+    rows = rows.select_columns([column for column in rows.features if column in named])  # others may not be readable
     for column in [column for column, feature in rows.features.items() if isinstance(feature, datasets.Image)]:
         rows = rows.cast_column(column, datasets.Image(decode=False))
     return rows.select(range(min(len(rows), c.max_train_samples or len(rows))))
@@ -1876,7 +1879,8 @@ def plan(load, base, rows, held_out, steps, start):
         seconds = flops * c.total_batch_size / (cards.number * cards.flops * UTILISATION)
         seconds *= (3 + again / shape.layers) / 4  # UTILISATION is of runs that recompute all, one pass of four
         lines["time"] = (f"{seconds:.3g} s a step, {seconds * max(0, steps - start) / 3600:.3g} hours of training, "
-                         f"at {UTILISATION:.0%} of the peak of {cards.number} x {cards.name}"
+                         f"at {UTILISATION:.0%} of the peak of {cards.number} x {cards.name}, "
+                         f"a checkpoint each {seconds * c.checkpointing_steps / 3600:.2g} hours"
                          f"{', the optimizer on the host not counted' if host else ''}")  # fmt: skip
     enough = next((n for n in range(again) if cards.capacity and load.but(recompute_blocks=n).fits()), again)
     if enough < again:

@@ -255,3 +255,18 @@ def test_the_cache_can_be_read_by_others(run, tmp_path):
     finally:
         os.umask(before)
     assert {f.stat().st_mode & 0o777 for f in (tmp_path / "cache").iterdir()} == {0o644}
+
+
+def test_columns_that_no_flag_names_are_not_decoded(config, tmp_path):
+    """Such as sound or film, for which libraries are missing here."""
+    import datasets
+
+    features = datasets.Features(
+        image=datasets.Image(), conditioning_image=datasets.Image(), text=datasets.Value("string"), more=datasets.List(datasets.Image())
+    )
+    broken = {"bytes": b"none", "path": None}
+    rows = datasets.Dataset.from_dict({"image": [broken], "conditioning_image": [broken], "text": ["a"], "more": [[broken]]}, features)
+    rows.to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(Exception, match="identify"):
+        datasets.load_dataset("parquet", data_files=str(tmp_path / "rows.parquet"), split="train").cast_column("image", datasets.Image(decode=False))[0]
+    assert cv4ctrl.open_dataset(config(dataset_name=tmp_path / "rows.parquet"))[0] == {"image": broken, "conditioning_image": broken, "text": "a"}

@@ -329,7 +329,7 @@ def test_two_machines(name, out, argv, tmp_path):
         if stop_at:
             until(lambda: logged(tmp_path / "run") >= stop_at, [agent.pid for agent in agents])
             agents[1].terminate()  # one machine is taken away
-        return [agent.communicate(timeout=120)[0] for agent in agents], [agent.returncode for agent in agents]
+        return [agent.communicate(timeout=240)[0] for agent in agents], [agent.returncode for agent in agents]
 
     shared = argv(tmp_path / "run", 2, encoded_dir=tmp_path / "cache", checkpointing_steps=100)
     texts, codes = both([*shared, "--max_train_steps", "400"], stop_at=6)
