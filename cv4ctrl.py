@@ -766,21 +766,24 @@ def caption_text(config, id, row):
 
 
 def read_picture(config, rows, todo):
-    """(key, row id or None, column or path, control) -> (key, (1, 3, H, W) as the pipeline reads it, or BadRow)."""
+    """(key, encoder's digest, row id or None, column or path, control) -> (key, (1, 3, H, W) as the pipeline reads it, or
+    BadRow)."""
     from diffusers.image_processor import VaeImageProcessor
     from diffusers.utils import load_image
 
-    key, id, column, control = todo
-    side, name = config.resolution, column
+    key, encoder, id, column, control = todo
+    side, name, made = config.resolution, column, [control] * (control != "column")
     try:
         data, name = (Path(column).read_bytes(), column) if id is None else image_bytes(config, id, rows[id], column)
+        if digest(encoder, *made, data) != key:
+            raise BadRow(f"{name}: changed since its content was looked at")
         image = load_image(Image.open(io.BytesIO(data)))
     except BadRow as error:
         return key, error
     except Exception as error:  # decoders raise whatever they like on broken files
         why = reason(error).partition(" <_io")[0]  # an address in memory
         return key, BadRow(f"{name}: cannot be decoded as an image: {why}")
-    image = image if control == "column" else make_control(image, control, side)
+    image = make_control(image, control, side) if made else image
     return key, VaeImageProcessor(PIXELS_PER_LATENT).preprocess(image, side, side)
 
 
@@ -843,7 +846,8 @@ def fingerprint(folder):
 
 
 def find_rows(config, base, rows):
-    """Keys of everything -> ([Row], [BadRow], validation cases, key of ""); the reading is split over the ranks."""
+    """Keys of everything -> ([Row], [BadRow], validation cases, key of "", digest of the encoder of pictures); the
+    reading is split over the ranks."""
     c, encoders, made = config, None, [config.control] * (config.control != "column")
     if RANK == 0:
         text = fingerprint(base / "text_encoder"), fingerprint(base / "tokenizer"), c.max_sequence_length
@@ -869,13 +873,13 @@ def find_rows(config, base, rows):
     for path, prompt in pairs:
         control = digest(picture, *(made if c.detect_validation_image else ()), Path(path).read_bytes())
         cases.append(Row(None, prompt, path, control, digest(text, prompt)))
-    return found, bad, cases, digest(text, "")
+    return found, bad, cases, digest(text, ""), picture
 
 
 def encode(config, base, rows, device):
     """Encode what the cache lacks, the work split over the ranks -> Encoded. Raises Refusal for unusable rows."""
     c, folder, broken = config, Path(config.encoded_dir), {}
-    found, bad, cases, empty = find_rows(c, base, rows)
+    found, bad, cases, empty, encoder = find_rows(c, base, rows)
     refuse_if(bad and not c.skip_bad_rows, f"{bad and bad[0]} ({len(bad)} of {len(rows)} rows are such; "
               "--skip_bad_rows leaves them out)")  # fmt: skip
     make_shared(folder)
@@ -890,7 +894,7 @@ def encode(config, base, rows, device):
     captions = {empty: ""} | {row.caption: row.text for row in (*found, *cases)}
 
     index = gather(read_index(folder) if RANK == 0 else None)[0]  # one for all: others write already
-    mine = [(key, *what) for key, what in pictures.items() if key not in index][RANK::WORLD]
+    mine = [(key, encoder, *what) for key, what in pictures.items() if key not in index][RANK::WORLD]
     together(lambda: store(folder, picture_entries(c, base, rows, mine, device, broken)))
     mine = [(key, text) for key, text in captions.items() if key not in index][RANK::WORLD]
     together(lambda: store(folder, caption_entries(c, base, mine, device)))

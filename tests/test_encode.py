@@ -145,6 +145,31 @@ def test_a_damaged_file_is_encoded_again(run, tmp_path):
     assert run(rows)[1:] == (0, 0)
 
 
+@pytest.mark.parametrize("control", ["column", "canny"])
+def test_a_picture_that_changes_while_others_are_encoded_is_not_stored(control, config, base, device, tmp_path, monkeypatch):
+    rows, find_rows = tiny.make_rows(10), cv4ctrl.find_rows
+    lines = []
+    for n, (image, other, text) in enumerate(rows):
+        (tmp_path / f"{n}.png").write_bytes(image), (tmp_path / f"{n}-control.png").write_bytes(other)
+        lines.append(json.dumps({"image": f"{n}.png", "conditioning_image": f"{n}-control.png", "text": text}))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    c = config(dataset_name=None, jsonl_for_train=tmp_path / "rows.jsonl", encoded_dir=tmp_path / "cache", control=control, probe_samples=0, train_batch_size=1)
+
+    def change(*args):
+        found = find_rows(*args)
+        (tmp_path / "3.png").write_bytes(rows[4][0])
+        return found
+
+    monkeypatch.setattr(cv4ctrl, "find_rows", change)
+    with pytest.raises(cv4ctrl.Refusal, match="row 3, image .* changed since"):
+        cv4ctrl.encode(c, base, cv4ctrl.open_dataset(c), device)
+    monkeypatch.undo()
+    stored = cv4ctrl.encode(c, base, cv4ctrl.open_dataset(c), device)  # the second time it is what it has become
+    again = cv4ctrl.encode(cv4ctrl.dataclasses.replace(c, encoded_dir=str(tmp_path / "new")), base, cv4ctrl.open_dataset(c), device)
+    assert stored.train == again.train and stored.index.keys() >= again.index.keys()
+    assert all(torch.equal(stored.entry(row.control), again.entry(row.control)) for row in again.train)
+
+
 def test_killed_encoding_goes_on_where_it_stopped(flags, config, base, device, tmp_path, monkeypatch):
     options = dict(encoded_dir=tmp_path / "cache", max_train_steps=1)
     with pytest.raises(AssertionError):
