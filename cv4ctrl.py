@@ -694,6 +694,10 @@ class BadRow(Exception):
     """A row or picture that cannot be used: which, and why."""
 
 
+class Changed(BadRow):
+    """A picture that is not what it was when its key was made."""
+
+
 class Encoded(NamedTuple):
     """The encoded data set."""
 
@@ -776,7 +780,7 @@ def read_picture(config, rows, todo):
     try:
         data, name = (Path(column).read_bytes(), column) if id is None else image_bytes(config, id, rows[id], column)
         if digest(encoder, *made, data) != key:
-            raise BadRow(f"{name}: changed since its content was looked at")
+            raise Changed(f"{name}: changed since its content was looked at")
         image = load_image(Image.open(io.BytesIO(data)))
     except BadRow as error:
         return key, error
@@ -902,6 +906,8 @@ def encode(config, base, rows, device):
     gc.collect()  # the encoders are gone before the transformer is loaded
     torch.cuda.empty_cache()
     broken = {key: error for part in gather(broken) for key, error in part.items()}
+    if changed := [error for error in broken.values() if isinstance(error, Changed)]:
+        raise Ended(f"{changed[0]}; the same command again goes on with what it is now")
     usable = [row for row in found if row.image not in broken and row.control not in broken]
     left_out, first = len(rows) - len(usable), [*bad, *broken.values(), None][0]
     refuse_if(broken and not c.skip_bad_rows, f"{first} ({left_out} such rows; the others are encoded and kept; "
@@ -1711,9 +1717,6 @@ def cards_of(config):
         refuse_if(not known, f"--plan_for {config.plan_for}: must be a number, x, and one of {', '.join(CARDS)}")
         return Cards(int(number), name, *CARDS[name])
     if not torch.cuda.is_available():
-        unused = Path("/dev/nvidia0").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
-        refuse_if(unused, f"PyTorch {torch.__version__} cannot use the GPU here: install one of a CUDA that its driver "
-                  "knows (nvidia-smi says which); CUDA_VISIBLE_DEVICES= for the CPU")  # fmt: skip
         return Cards(WORLD, "CPU", None, None)
     name, total = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
     return Cards(WORLD, name, total, next((flops for card, (_, flops) in CARDS.items() if card[:4] in name), None))
@@ -1809,22 +1812,33 @@ def choose_offload(load):
     return "cpu" if away.fits() else "none"
 
 
-def check_buckets(zero, shape):
-    """No gradient is larger than a bucket: where ranks cut gradients and send them beside the backward pass, DeepSpeed
-    0.19.8 frees a larger one while it is still read (reduce_ipg_grads of stage_1_and_2.py). Raises Refusal."""
-    size, overlaps = zero["reduce_bucket_size"], zero["stage"] == 2 and zero["overlap_comm"]
-    refuse_if(overlaps and size < shape.largest, f"zero_optimization.reduce_bucket_size = {size}, the largest weight has "
+def check_engine(cards, zero, shape):
+    """No large model on the CPU beside a GPU, and no gradient larger than a bucket. Raises Refusal.
+
+    DeepSpeed 0.19.8 frees such a one while it is still being sent (reduce_ipg_grads of stage_1_and_2.py)."""
+    unused = cards.name == "CPU" and any(Path("/dev").glob("nvidia[0-9]*")) and shape.parameters > 1e9
+    refuse_if(unused, f"PyTorch {torch.__version__} cannot use the GPU here: mostly it is of a newer CUDA than the driver "
+              "knows (nvidia-smi says which that is); --dry_run --plan_for plans without a GPU")  # fmt: skip
+    size, overlaps = zero["reduce_bucket_size"], zero["overlap_comm"] and zero.get("contiguous_gradients", True)
+    small = zero["stage"] in (1, 2) and overlaps and size < shape.largest
+    refuse_if(small, f"zero_optimization.reduce_bucket_size = {size}, the largest weight has "
               f"{shape.largest} elements: with overlap_comm its gradient would be wrong; write as many")  # fmt: skip
+
+
+def free_memory():
+    """Bytes that this machine, or its container, still has."""
+    free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # no container, or no limit
+        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["anon"]
+        free = min(free, int((group / "memory.max").read_text()) - int(used))
+    return free
 
 
 def check_offload(load):
     """Every machine has the memory, and the compiler, for what is offloaded. Raises Refusal, on all ranks."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))  # torchrun's name, deepspeed's name
-    host, limit = load.memory()[1], Path("/sys/fs/cgroup/memory.max")  # the latter a container's own
-    limit = limit.read_text().strip() if limit.exists() else "max"
-    free = min(psutil.virtual_memory().available, int(limit) if limit.isdigit() else math.inf)
-    saving = 2 * here * SHARD_BYTES + exported_bytes(load.config, load.shape)
-    machines = gather(((here * host + saving) / 1e9, free / 1e9))
+    host, exported = load.memory()[1], exported_bytes(load.config, load.shape) * (RANK < here)  # by rank 0
+    machines = gather(((here * (host + 2 * SHARD_BYTES) + exported) / 1e9, free_memory() / 1e9))
     needed, free = max(machines, key=lambda machine: machine[0] - machine[1])
     refuse_if(host and needed > free, f"offload_optimizer, with what saving takes, needs {needed:.0f} GB of a machine's "
               f"memory, {free:.0f} are free: take more cards, or a smaller batch with \"device\": \"none\"")  # fmt: skip
@@ -1872,7 +1886,8 @@ def plan(load, base, rows, held_out, steps, start):
         "to encode": f"at most {2 * len(rows)} pictures and {len(rows) + 1} captions, but for what is among the "
                      f"{len(read_index(c.encoded_dir))} entries that the cache holds",
         "a card": f"{split} = {load.total() / 1e9:.3g} GB{room}",
-        "a host": f"{host / 1e9:.3g} GB a rank for what is offloaded" if host else "nothing is offloaded",
+        "a host": f"{host / 1e9:.3g} GB a rank for what is offloaded, {(exported_bytes(c, shape) + 2 * SHARD_BYTES) / 1e9:.3g} "
+                  "more while saving" if host else "nothing is offloaded",
         "disk": f"{disk / 1e9:.3g} GB in {c.output_dir}, {cache / 1e9:.3g} GB in {c.encoded_dir}",
         "time": "not known for this device in this precision; the first steps tell",
     }  # fmt: skip
@@ -2025,7 +2040,7 @@ def run(config):
     base, transformer = find_base(c, ["*.json"])
     check_base(c, base, transformer, weights=False)
     rows, shape = open_dataset(c), shape_of(transformer, c.only_target_transformer_blocks)
-    check_buckets(settings["zero_optimization"], shape)
+    check_engine(cards, settings["zero_optimization"], shape)
     held_out = min(c.probe_samples, len(rows) // 10)
     steps = count_steps(c, len(rows) - held_out)
     if RANK == 0:

@@ -153,7 +153,15 @@ def test_a_picture_that_changes_while_others_are_encoded_is_not_stored(control, 
         (tmp_path / f"{n}.png").write_bytes(image), (tmp_path / f"{n}-control.png").write_bytes(other)
         lines.append(json.dumps({"image": f"{n}.png", "conditioning_image": f"{n}-control.png", "text": text}))
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
-    c = config(dataset_name=None, jsonl_for_train=tmp_path / "rows.jsonl", encoded_dir=tmp_path / "cache", control=control, probe_samples=0, train_batch_size=1)
+    c = config(
+        dataset_name=None,
+        jsonl_for_train=tmp_path / "rows.jsonl",
+        encoded_dir=tmp_path / "cache",
+        control=control,
+        probe_samples=0,
+        train_batch_size=1,
+        skip_bad_rows=True,
+    )
 
     def change(*args):
         found = find_rows(*args)
@@ -161,7 +169,7 @@ def test_a_picture_that_changes_while_others_are_encoded_is_not_stored(control, 
         return found
 
     monkeypatch.setattr(cv4ctrl, "find_rows", change)
-    with pytest.raises(cv4ctrl.Refusal, match="row 3, image .* changed since"):
+    with pytest.raises(cv4ctrl.Ended, match="row 3, image .* changed since"):
         cv4ctrl.encode(c, base, cv4ctrl.open_dataset(c), device)
     monkeypatch.undo()
     stored = cv4ctrl.encode(c, base, cv4ctrl.open_dataset(c), device)  # the second time it is what it has become

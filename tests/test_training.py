@@ -329,16 +329,18 @@ def test_a_step_costs_little_more_than_the_bare_mathematics(out, flags, tmp_path
 
 def test_workers_start_before_the_state_is_there(flags, refused, out, monkeypatch):
     """Forked from a process with the optimizer's state in host memory, they would keep a copy of it for good."""
-    children = []
+    seen, load, me = [], cv4ctrl.load_transformer, cv4ctrl.psutil.Process()
 
-    def start_engine(config, settings, model):
-        children.extend(cv4ctrl.psutil.Process().children())
+    def load_transformer(*args):
+        seen.append([child.cmdline() for child in me.children()].count(me.cmdline()))  # forked, not started
+        return load(*args)
+
+    def start_engine(*_):
         raise cv4ctrl.Refusal("seen")
 
-    monkeypatch.setattr(cv4ctrl, "start_engine", start_engine)
-    monkeypatch.setattr(cv4ctrl, "load_transformer", lambda *args, load=cv4ctrl.load_transformer: children.extend("before the model") or load(*args))
+    monkeypatch.setattr(cv4ctrl, "load_transformer", load_transformer), monkeypatch.setattr(cv4ctrl, "start_engine", start_engine)
     assert "seen" in refused(flags(out / "forked", dataloader_num_workers=2), progress=True)
-    assert len(children) == len("before the model") + 2
+    assert seen == [2]
 
 
 def test_all_groups_of_ranks_wait_as_long(device):
