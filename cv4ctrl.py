@@ -770,8 +770,8 @@ def caption_text(config, id, row):
 
 
 def read_picture(config, rows, todo):
-    """(key, encoder's digest, row id or None, column or path, control) -> (key, (1, 3, H, W) as the pipeline reads it, or
-    BadRow)."""
+    """(key, encoder's digest, row id or None, column or path, control) -> (key, picture as the pipeline reads it,
+    (1, 3, H, W), or BadRow)."""
     from diffusers.image_processor import VaeImageProcessor
     from diffusers.utils import load_image
 
@@ -1817,8 +1817,8 @@ def check_engine(cards, zero, shape):
 
     DeepSpeed 0.19.8 frees such a one while it is still being sent (reduce_ipg_grads of stage_1_and_2.py)."""
     unused = cards.name == "CPU" and any(Path("/dev").glob("nvidia[0-9]*")) and shape.parameters > 1e9
-    refuse_if(unused, f"PyTorch {torch.__version__} cannot use the GPU here: mostly it is of a newer CUDA than the driver "
-              "knows (nvidia-smi says which that is); --dry_run --plan_for plans without a GPU")  # fmt: skip
+    refuse_if(unused, f"PyTorch {torch.__version__} cannot use the GPU here: mostly it is of a newer CUDA than the "
+              "driver knows (nvidia-smi says which that is); --dry_run --plan_for plans without a GPU")  # fmt: skip
     size, overlaps = zero["reduce_bucket_size"], zero["overlap_comm"] and zero.get("contiguous_gradients", True)
     small = zero["stage"] in (1, 2) and overlaps and size < shape.largest
     refuse_if(small, f"zero_optimization.reduce_bucket_size = {size}, the largest weight has "
@@ -1840,8 +1840,8 @@ def check_offload(load):
     host, exported = load.memory()[1], exported_bytes(load.config, load.shape) * (RANK < here)  # by rank 0
     machines = gather(((here * (host + 2 * SHARD_BYTES) + exported) / 1e9, free_memory() / 1e9))
     needed, free = max(machines, key=lambda machine: machine[0] - machine[1])
-    refuse_if(host and needed > free, f"offload_optimizer, with what saving takes, needs {needed:.0f} GB of a machine's "
-              f"memory, {free:.0f} are free: take more cards, or a smaller batch with \"device\": \"none\"")  # fmt: skip
+    refuse_if(host and needed > free, f"offload_optimizer, with what saving takes, needs {needed:.0f} GB of a "
+              f"machine's memory, {free:.0f} are free: more cards, or a smaller batch and device none")  # fmt: skip
     refuse_if(host and not all(gather(bool(shutil.which("g++")))), "offload_optimizer: DeepSpeed compiles its CPU "
               "optimizer with g++, which is not on PATH")  # fmt: skip
 
@@ -1874,7 +1874,7 @@ def plan(load, base, rows, held_out, steps, start):
     c, shape, cards, counts = load.config, load.shape, load.cards, token_counts(load.config, base, rows)
     load = dataclasses.replace(load, tokens=max(counts, default=16))  # a step of nothing but the longest is the worst
     mean = sum(length * number for length, number in counts.items()) / max(1, sum(counts.values()))
-    disk, cache = disk_needed(c, len(rows), shape, steps)
+    (disk, cache), saving = disk_needed(c, len(rows), shape, steps), exported_bytes(c, shape) + 2 * SHARD_BYTES
     cache += 2 * json.loads((base / "text_encoder" / "config.json").read_text())["hidden_size"] * mean * len(rows)
     (parts, host), epochs = load.memory(), steps * c.total_batch_size / (len(rows) - held_out)
     split = " + ".join(f"{size / 1e9:.3g} GB {part}" for part, size in parts.items())
@@ -1886,8 +1886,8 @@ def plan(load, base, rows, held_out, steps, start):
         "to encode": f"at most {2 * len(rows)} pictures and {len(rows) + 1} captions, but for what is among the "
                      f"{len(read_index(c.encoded_dir))} entries that the cache holds",
         "a card": f"{split} = {load.total() / 1e9:.3g} GB{room}",
-        "a host": f"{host / 1e9:.3g} GB a rank for what is offloaded, {(exported_bytes(c, shape) + 2 * SHARD_BYTES) / 1e9:.3g} "
-                  "more while saving" if host else "nothing is offloaded",
+        "a host": f"{host / 1e9:.3g} GB a rank for what is offloaded, {saving / 1e9:.3g} more while saving" if host else
+                  "nothing is offloaded",
         "disk": f"{disk / 1e9:.3g} GB in {c.output_dir}, {cache / 1e9:.3g} GB in {c.encoded_dir}",
         "time": "not known for this device in this precision; the first steps tell",
     }  # fmt: skip
