@@ -1,263 +1,214 @@
-"""Run cv4ctrl in fresh processes, several times in one set of ranks, so that a launch is paid once.
+"""Ranks for tests: forked in a moment from a process that has imported everything, watched, open to faults.
 
-A job is a command line for cv4ctrl.main, or (name of a function of this file, its arguments)."""
+A job is a command line for cv4ctrl.main, or (name of a function, its arguments): a function of this file, or
+`file.function` of another file of tests. With main_with it can put a fault into a run. As a program this file is the
+process that forks: a JSON object a line describes a rank, the answer is its pid, or asks for the exit code of a pid."""
 
+import atexit
+import contextlib
+import faulthandler
+import functools
+import gc
+import importlib
 import json
 import os
-import socket
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
+from unittest import mock
 
-ROOT = Path(__file__).parents[1]
+import psutil
+import torch
+from safetensors.torch import load_file, save_file
+
+PRELOADED = """datasets deepspeed.runtime.zero.muon.original_muon deepspeed.monitor.monitor diffusers.optimization
+    diffusers.pipelines.cogview4.pipeline_cogview4_control pytest transformers.models.glm.modeling_glm""".split()
 
 
-def launch(world, *jobs, timeout=400, threads=None):
-    """Run the jobs one after the other on `world` ranks -> [(exit code, value)] as rank 0 has them; threads a rank, of two cores."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    alone = {name: value for name, value in os.environ.items() if name not in (*common, "RANK", "LOCAL_RANK")}
-    ranks = []
-    for rank in range(world):
-        env = {"OMP_NUM_THREADS": str(threads or max(1, 2 // world))} | alone
-        env |= common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}  # one starts as `python cv4ctrl.py` does
-        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        ranks.append(subprocess.Popen([sys.executable, __file__, json.dumps(jobs, default=str)], env=env, **output))
-    try:
-        texts = [rank.communicate(timeout=timeout)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    results = [line for line in texts[0].splitlines() if line.startswith("RESULTS ")]
-    assert results, "\n".join(texts)
-    results = json.loads(results[0].removeprefix("RESULTS "))
-    assert all(code == 0 for code, _ in results) or any(code == 2 for code, _ in results), "\n".join(texts)
+class Nursery(contextlib.AbstractContextManager):
+    """The process that forks, from outside. `env` is added to the user's environment, before it imports."""
+
+    def __init__(self, **env):
+        mine = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # this process may be a rank itself
+        self.env = {name: os.environ[name] for name in os.environ if name not in mine} | {"OMP_NUM_THREADS": "1"} | env
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+        self.process = subprocess.Popen([sys.executable, __file__], env=self.env, **pipes)
+        self.lock = threading.Lock()
+
+    def __exit__(self, *_):
+        self.process.stdin.close()  # which ends it
+        self.process.wait()
+
+    def ask(self, **question):
+        with self.lock:
+            print(json.dumps(question, default=str), file=self.process.stdin, flush=True)
+            return json.loads(self.process.stdout.readline())
+
+    def run(self, job, world, folder, hurt=lambda pids: None, quiet=60, env={}, **options):
+        """Starts ranks, hurt(pids), waits for their end -> (exit codes, output of all ranks).
+
+        This process serves the rendezvous: no other can take its port. What goes wrong, or hangs (see wait), ends the
+        test with the stacks and the output of all ranks."""
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        common = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+        common |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
+        Path(folder).mkdir(exist_ok=True, parents=True)
+        codes, logs = {}, [Path(folder, f"rank-{rank}.log") for rank in range(world)]
+        for rank, log in enumerate(logs):
+            place = common | {"RANK": rank, "LOCAL_RANK": rank} if world > 1 else {}  # one: as `python cv4ctrl.py`
+            log.write_text("")
+            codes[self.ask(job=job, log=log, env={k: str(v) for k, v in (place | env).items()}, **options)] = None
+        try:
+            hurt(list(codes))
+            self.wait(codes, quiet)
+        except BaseException as error:
+            for number in (signal.SIGCONT, signal.SIGUSR2, signal.SIGKILL):
+                for pid in [pid for pid in codes if codes[pid] is None]:
+                    os.kill(pid, number)
+                time.sleep(0.5)
+            self.wait(codes, quiet)
+            error.add_note("\n".join(f"--- rank {rank}\n{log.read_text()}" for rank, log in enumerate(logs)))
+            raise
+        return list(codes.values()), "".join(log.read_text() for log in logs)
+
+    def wait(self, codes, quiet):
+        """Fills in {pid: exit code}. Where a rank fails the others are asked to end, as by a launcher.
+
+        However busy the machine, ranks hang that do not compute for a second in `quiet` seconds; or, where they have
+        started processes such as a compiler, in ten times as many; or that take half an hour: AssertionError."""
+        began = since = time.monotonic()
+        used, failed = 0, False
+        while living := [psutil.Process(pid) for pid in codes if codes[pid] is None]:
+            seconds = sum(sum(process.cpu_times()[:2]) for process in living)
+            if abs(seconds - used) > 1:
+                used, since = seconds, time.monotonic()
+            idle, took = time.monotonic() - since, time.monotonic() - began
+            works = idle < quiet or (idle < 10 * quiet and any(rank.children() for rank in living))
+            assert works and took < 1800, f"ranks hang: not a second of work in {idle:.0f} s, or {took:.0f} s in all"
+            for process in living if any(codes.values()) and not failed else ():
+                process.terminate()
+            failed = any(codes.values())
+            time.sleep(0.02)
+            codes |= {process.pid: self.ask(pid=process.pid) for process in living}
+
+
+shared_nursery = functools.cache(Nursery)
+
+
+def launch(world, *jobs, **options):
+    """Does the jobs one after the other, each on new ranks -> [[exit code, value]] of rank 0; options as for run."""
+    results = []
+    for job in jobs:
+        with tempfile.TemporaryDirectory() as folder:
+            codes, text = shared_nursery().run(job, world, folder, **options)
+            assert codes[0] in (0, 2), text
+            results.append([codes[0], json.loads(Path(folder, "rank-0.json").read_text())])
     return results
 
 
 def rows(folder):
     """Rows of training in metrics.jsonl."""
-    return [row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
+    return [row for row in map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines()) if "loss" in row]
 
 
 def logged(folder):
     """Lines of metrics.jsonl so far."""
-    file = folder / "metrics.jsonl"
-    return len(file.read_text().splitlines()) if file.exists() else 0
+    return sum(len(file.read_text().splitlines()) for file in Path(folder).glob("metrics.jsonl"))
 
 
 def weights(folder):
     """Tensors of the safetensors files of a folder, by name."""
-    from safetensors.torch import load_file
-
     return {name: tensor for file in Path(folder).glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def same(a, b, tolerance=None):
     """Bitwise, or to within a tolerance relative to the largest weight of each tensor."""
-    import torch
-
     assert a and a.keys() == b.keys()
-    return all(torch.equal(a[n], b[n]) if tolerance is None else (a[n] - b[n]).abs().max() <= tolerance * b[n].abs().max() for n in a)
+    if tolerance is None:
+        return all(a[name].equal(b[name]) for name in a)
+    return all((a[name] - b[name]).abs().max() <= tolerance * b[name].abs().max() for name in a)
 
 
-# --- jobs -----------------------------------------------------------------------------------------------------------------------
+def be_rank(job, log, env, threads=1):
+    """In a forked child: becomes a rank, does the job and ends."""
+    os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), 1)
+    os.dup2(1, 2)
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
+    os.environ.update(env)
+    torch.set_num_threads(threads)
+    code, value = 1, None
+    try:
+        cv4ctrl = importlib.import_module("cv4ctrl")  # only now, since it looks for its rank
+        sys.argv = ["cv4ctrl.py", *map(str, job)]
+        if len(job) == 2 and isinstance(job[1], list):
+            file, _, function = job[0].rpartition(".")
+            value = getattr(importlib.import_module(file or "ranks"), function)(*job[1])
+        else:
+            cv4ctrl.main(job)
+        atexit._run_exitfuncs()
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    Path(log).with_suffix(".json").write_text(json.dumps(value))
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def main_with(argv, **functions):
+    """Runs a command line with functions of the module replaced, until its end or StopIteration."""
+    vars(sys.modules["cv4ctrl"]).update(functions)
+    with contextlib.suppress(StopIteration):
+        sys.modules["cv4ctrl"].main(argv)
 
 
 def gradients(argv, file):
-    """Gradients of one global batch, as the real engine accumulates and reduces them over the ranks -> safetensors `file`."""
-    import deepspeed
-    from safetensors.torch import save_file
-
+    """Gradients of the first global batch, as the real engine accumulates and reduces them over the ranks -> `file`."""
     import cv4ctrl
 
-    c = cv4ctrl.resolve(cv4ctrl.parse(argv), cv4ctrl.WORLD)
-    device, base = cv4ctrl.start_ranks(), Path(c.pretrained_model_name_or_path)
-    encoded = cv4ctrl.encode(c, base, cv4ctrl.open_dataset(c), device)
-    model = cv4ctrl.load_transformer(base / "transformer", None, cv4ctrl.torch.float32, device)
-    cv4ctrl.recompute(model, cv4ctrl.recomputed(c, len(model.transformer_blocks)))
-    frame = cv4ctrl.prepare(model, c.resolution, device, cv4ctrl.torch.float32)
-    settings = cv4ctrl.engine_settings(c)
-    settings["zero_optimization"]["offload_optimizer"]["device"] = "none"
-    engine = cv4ctrl.start_engine(c, settings, model)
-    stream = cv4ctrl.Stream(c, encoded, cv4ctrl.RANK, cv4ctrl.WORLD)
-    for turn, batch in enumerate(cv4ctrl.micro_batches(stream, 0, 1, device)):
-        engine.backward(cv4ctrl.batch_loss(engine, frame, batch, c.weighting_scheme))
-        if turn + 1 < c.gradient_accumulation_steps:
-            engine.step()
-    found = {name: deepspeed.utils.safe_get_full_grad(p) for name, p in engine.module.named_parameters()}
-    if cv4ctrl.RANK == 0:
-        save_file({name: gradient.clone().contiguous() for name, gradient in found.items()}, file)
+    def train(engine, stream, shared, *_):
+        for turn, batch in enumerate(cv4ctrl.micro_batches(stream, 0, 1, shared["original_size"].device)):
+            if turn > 0:
+                engine.step()
+            engine.backward(cv4ctrl.batch_loss(engine, shared, batch, stream.config.weighting_scheme))
+        full = sys.modules["deepspeed"].utils.safe_get_full_grad  # collective
+        found = {name: full(parameter).clone().contiguous() for name, parameter in engine.module.named_parameters()}
+        if cv4ctrl.RANK == 0:
+            save_file(found, file)
+        raise StopIteration
+
+    main_with(argv, train=train)
 
 
 def count_encoders(argv):
-    """Run a command line -> [calls of the VAE's encoder, calls of the text encoder] that it made."""
+    """Runs a command line -> [calls of the VAE's encoder, calls of the text encoder] that it made."""
     from diffusers import AutoencoderKL
     from transformers import GlmModel
 
-    import cv4ctrl
-
-    calls, kept = [0, 0], (AutoencoderKL.encode, GlmModel.forward)
-
-    def counted(place, function):
-        def call(*args, **kwargs):
-            calls[place] += 1
-            return function(*args, **kwargs)
-
-        return call
-
-    AutoencoderKL.encode, GlmModel.forward = counted(0, kept[0]), counted(1, kept[1])
-    try:
-        cv4ctrl.main(argv)
-    finally:
-        AutoencoderKL.encode, GlmModel.forward = kept
-    return calls
-
-
-def die_while_encoding(argv, after):
-    """Run a command line and be killed in the VAE's call number `after`."""
-    import signal
-
-    from diffusers import AutoencoderKL
-
-    import cv4ctrl
-
-    calls, encode = [], AutoencoderKL.encode
-
-    def encode_or_die(*args, **kwargs):
-        calls.append(1)
-        if len(calls) > after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return encode(*args, **kwargs)
-
-    AutoencoderKL.encode, cv4ctrl.SHARD_ENTRIES = encode_or_die, 8
-    cv4ctrl.main(argv)
-
-
-def stop_after_saving(argv, step):
-    """Run a command line and stop once the checkpoint of `step` is there."""
-    import cv4ctrl
-
-    save = cv4ctrl.save_checkpoint
-
-    def save_and_stop(engine, config, now, *more):
-        save(engine, config, now, *more)
-        if now == step:
-            raise StopIteration
-
-    cv4ctrl.save_checkpoint = save_and_stop
-    try:
-        cv4ctrl.main(argv)
-    except StopIteration:
-        pass
-    finally:
-        cv4ctrl.save_checkpoint = save
-
-
-def cost_of_a_step(argv):
-    """[seconds a step of the trainer, seconds of a bare forward + backward + AdamW on one batch], one after the other, medians.
-
-    Bare: the installed model with its own attention, nothing of ours but the batch."""
-    import statistics
-
-    import torch
-    from diffusers import CogView4Transformer2DModel
-
-    import cv4ctrl
-
-    c = cv4ctrl.resolve(cv4ctrl.parse(argv), 1)
-    device, base = cv4ctrl.start_ranks(), Path(c.pretrained_model_name_or_path)
-    encoded = cv4ctrl.encode(c, base, cv4ctrl.open_dataset(c), device)
-    model = cv4ctrl.load_transformer(base / "transformer", None, torch.float32, device)
-    assert isinstance(model, CogView4Transformer2DModel)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    batch = next(cv4ctrl.micro_batches(cv4ctrl.Stream(c, encoded, 0, 1), 0, 1, device))
-    size = torch.full((len(batch["latent"]), 2), float(c.resolution))
-    inputs = torch.cat([batch["latent"], batch["control"]], 1), batch["prompt_embeds"].float(), batch["timestep"], size, size, 0 * size
-    trained, bare, write = [], [], cv4ctrl.Log.write
-
-    def write_and_do_a_bare_step(log, kind, step, values):
-        write(log, kind, step, values)
-        if kind != "train":
-            return
-        trained.append(c.total_batch_size / values["samples_per_s"])
-        clock = time.perf_counter()
-        torch.nn.functional.mse_loss(model(*inputs, return_dict=False)[0], batch["noise"]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        bare.append(time.perf_counter() - clock)
-
-    cv4ctrl.Log.write = write_and_do_a_bare_step
-    try:
-        cv4ctrl.main(argv)
-    finally:
-        cv4ctrl.Log.write = write
-    return [statistics.median(times[5:]) for times in (trained, bare)]
-
-
-def peak_of_a_step(argv):
-    """[bytes of tensors at the peak of a run's step, the plan's figure for it], by PyTorch's profiler of memory."""
-    import torch
-
-    import cv4ctrl
-
-    c = cv4ctrl.resolve(cv4ctrl.parse(argv), 1)
-    seen, step, start = {}, cv4ctrl.train_step, cv4ctrl.start_engine
-
-    def watched_start(config, settings, model):
-        seen["profile"] = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-        seen["before"] = sum(p.nbytes for p in model.parameters())
-        seen["settings"] = settings
-        seen["profile"].__enter__()
-        return start(config, settings, model)
-
-    def watched_step(*args):
-        result = step(*args)
-        seen["profile"].__exit__(None, None, None)
-        return result
-
-    cv4ctrl.train_step, cv4ctrl.start_engine = watched_step, watched_start
-    try:
-        cv4ctrl.main(argv)
-    finally:
-        cv4ctrl.train_step, cv4ctrl.start_engine = step, start
-    now = peak = seen["before"]
-    for event in seen["profile"].profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    base = Path(c.pretrained_model_name_or_path)
-    shape = cv4ctrl.shape_of(base / "transformer", c.only_target_transformer_blocks)
-    tokens = max(cv4ctrl.token_counts(c, base, cv4ctrl.open_dataset(c)))
-    load = cv4ctrl.Load(c, seen["settings"]["zero_optimization"], shape, cv4ctrl.Cards(1, "CPU", None, None), tokens)
-    return [peak, load.total()]
-
-
-def main(jobs):
-    sys.path.insert(0, str(ROOT))
-    import cv4ctrl
-
-    leave, results = cv4ctrl.dist.destroy_process_group, []
-    cv4ctrl.dist.destroy_process_group = lambda: None  # the next job goes on with the same ranks
-    for job in jobs:
-        code = value = None
-        try:
-            if isinstance(job[1], list):
-                value = globals()[job[0]](*job[1])
-            else:
-                cv4ctrl.main(job)
-            code = 0
-        except SystemExit as ended:
-            code = ended.code
-        results.append((code, value))
-    if cv4ctrl.RANK == 0:
-        print("\nRESULTS " + json.dumps(results), flush=True)
-    if cv4ctrl.dist.is_initialized():
-        leave()
+    count = functools.partial(mock.patch.object, autospec=True)
+    with count(AutoencoderKL, "encode", side_effect=AutoencoderKL.encode) as pictures:
+        with count(GlmModel, "forward", side_effect=GlmModel.forward) as captions:
+            main_with(argv)
+    return [pictures.call_count, captions.call_count]
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print while they are imported is no answer
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    for module in PRELOADED:
+        importlib.import_module(module)
+    gc.freeze()
+    for question in map(json.loads, sys.stdin):
+        if "pid" in question:
+            done, status = os.waitpid(question["pid"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if done else None
+        else:
+            answer = os.fork() or be_rank(**question)
+        print(json.dumps(answer), file=answers, flush=True)
+    os.killpg(0, signal.SIGKILL)  # nobody asks any more

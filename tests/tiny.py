@@ -1,112 +1,92 @@
-"""A complete CogView4 base and a data set, small enough for two CPU cores and made without a network.
+"""A CogView4 base and a data set, small enough for two CPU cores and made without a network.
 
-    python tests/tiny.py FOLDER [--rows 2048]
+`python tests/tiny.py FOLDER [ROWS]` leaves FOLDER/data, parquet in the format of raulc0399/open_pose_controlnet:
+captioned coloured shapes, the control is their outline. tests/base is a base that make_base.py has trained."""
 
-leaves FOLDER/data, parquet in the format of raulc0399/open_pose_controlnet: image, conditioning_image, text. The images are
-captioned coloured shapes, the control is their outline. `make_base` makes a base of random weights, laid out as CogView4-6B is
-(tokenizer, GLM text encoder, VAE, transformer, scheduler, model_index.json); tests/base is one that make_base.py has trained.
-"""
-
-import argparse
 import io
 import json
 import math
 import random
+import sys
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
 
-COLOURS = {
-    "red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220), "yellow": (240, 210, 50),
-    "purple": (150, 60, 180), "orange": (245, 140, 30),
-}  # fmt: skip
-GROUNDS = {"pale green": (180, 230, 180), "pale blue": (175, 200, 250), "pale pink": (250, 190, 205), "grey": (160, 160, 160)}
-SHAPES = {"circle": 0, "triangle": 3, "square": 4, "star": 5}
-
-
-# --- the base -------------------------------------------------------------------------------------------------------------------
+COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220)}
+COLOURS |= {"yellow": (240, 210, 50), "purple": (150, 60, 180), "orange": (245, 140, 30)}
+GROUNDS = {"pale green": (180, 230, 180), "pale blue": (175, 200, 250)}
+GROUNDS |= {"pale pink": (250, 190, 205), "grey": (160, 160, 160)}
+SHAPES = {"circle": 60, "triangle": 3, "square": 4, "star": 5}  # corners
 
 
 def make_tokenizer(folder, texts=()):
-    """Byte-level tokenizer with GLM-4's frame: `[gMASK] <sop>` in front, pads on the left; a byte is a token, and so is a word of `texts`."""
+    """Tokenizer with GLM-4's frame and padding -> size of its vocabulary. Its tokens: bytes, and words of `texts`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     special = ["<|endoftext|>", "[gMASK]", "<sop>"]
-    vocab = {token: i for i, token in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(special + letters)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=bool(texts))
     tokenizer.decoder = decoders.ByteLevel()
     if texts:
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-        tokenizer.train_from_iterator(texts, trainer)
-        vocab = tokenizer.get_vocab()
-    frame = [("[gMASK]", vocab["[gMASK]"]), ("<sop>", vocab["<sop>"])]
+        options = {"vocab_size": 512, "special_tokens": special, "initial_alphabet": letters, "show_progress": False}
+        tokenizer.train_from_iterator(texts, trainers.BpeTrainer(**options))
+    frame = [(token, tokenizer.token_to_id(token)) for token in special[1:]]
     tokenizer.post_processor = processors.TemplateProcessing(single="[gMASK] <sop> $A", special_tokens=frame)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|endoftext|>", padding_side="left",
-        additional_special_tokens=special[1:], model_input_names=["input_ids", "attention_mask"],
-    ).save_pretrained(folder)  # fmt: skip
-    return len(vocab)
+    options = {"pad_token": special[0], "eos_token": special[0], "additional_special_tokens": special[1:]}
+    options |= {"padding_side": "left", "model_input_names": ["input_ids", "attention_mask"]}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options).save_pretrained(folder)
+    return tokenizer.get_vocab_size()
 
 
-def make_base(folder, seed=0, layers=2, heads=4, head_dim=16, text_dim=32, text_std=0.02, vae_channels=(8, 8, 16, 16), words=()):
-    """Random CogView4 base in `folder`, in bf16; every part loads with the class that CogView4-6B's model_index.json names."""
+def make_base(
+    folder, seed=0, layers=2, heads=4, head_dim=16, text_dim=32, text_std=0.02, vae_channels=(8, 8, 16, 16), words=()
+):
+    """Random CogView4 base in `folder`, in bf16; each part loads with the class that model_index.json names."""
     import diffusers
-    from diffusers import AutoencoderKL, CogView4Transformer2DModel, FlowMatchEulerDiscreteScheduler
     from transformers import GlmConfig, GlmModel
 
     folder = Path(folder)
     torch.manual_seed(seed)
     diffusers.utils.logging.set_verbosity_error()  # the plain casts below are meant
-    vocab = make_tokenizer(folder / "tokenizer", words)
     config = GlmConfig(
-        vocab_size=vocab, hidden_size=text_dim, intermediate_size=2 * text_dim, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=text_dim // 2, max_position_embeddings=2048, pad_token_id=0, eos_token_id=0,
-        attention_bias=True, initializer_range=text_std,
-    )  # fmt: skip
-    GlmModel(config).bfloat16().save_pretrained(folder / "text_encoder")
-    vae = AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=16, down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4, block_out_channels=vae_channels, layers_per_block=1, norm_num_groups=4,
-        sample_size=64, scaling_factor=1.0, shift_factor=0.0, use_quant_conv=False, use_post_quant_conv=False,
-        mid_block_add_attention=False,
-    )  # fmt: skip
-    vae.bfloat16().save_pretrained(folder / "vae")
-    transformer = CogView4Transformer2DModel(
-        patch_size=2, in_channels=16, out_channels=16, num_layers=layers, attention_head_dim=head_dim,
-        num_attention_heads=heads, text_embed_dim=text_dim, time_embed_dim=32, condition_dim=16, sample_size=8,
-    )  # fmt: skip
-    transformer.bfloat16().save_pretrained(folder / "transformer")
-    FlowMatchEulerDiscreteScheduler(
-        use_dynamic_shifting=True, time_shift_type="linear", base_shift=0.25, max_shift=0.75, base_image_seq_len=256, shift=1.0
-    ).save_pretrained(folder / "scheduler")
-    index = {
-        "_class_name": "CogView4Pipeline",
-        "_diffusers_version": "0.33.0",
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "GlmModel"],
-        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
-        "transformer": ["diffusers", "CogView4Transformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
+        vocab_size=make_tokenizer(folder / "tokenizer", words), hidden_size=text_dim, intermediate_size=2 * text_dim,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=text_dim // 2, pad_token_id=0,
+        eos_token_id=0, max_position_embeddings=2048, attention_bias=True, initializer_range=text_std)  # fmt: skip
+    text_encoder = GlmModel(config)
+    vae = diffusers.AutoencoderKL(
+        latent_channels=16, block_out_channels=vae_channels, down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4, norm_num_groups=4, scaling_factor=1.0, shift_factor=0.0,
+        sample_size=64, use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False)  # fmt: skip
+    transformer = diffusers.CogView4Transformer2DModel(
+        in_channels=16, out_channels=16, num_layers=layers, num_attention_heads=heads, attention_head_dim=head_dim,
+        text_embed_dim=text_dim, time_embed_dim=32, condition_dim=16, sample_size=8)  # fmt: skip
+    shift = {"use_dynamic_shifting": True, "time_shift_type": "linear", "base_shift": 0.25, "max_shift": 0.75}
+    diffusers.FlowMatchEulerDiscreteScheduler(base_image_seq_len=256, **shift).save_pretrained(folder / "scheduler")
+    index = {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"], "_class_name": "CogView4Pipeline"}
+    index["tokenizer"] = ["transformers", "PreTrainedTokenizerFast"]
+    for name, part in (("text_encoder", text_encoder), ("vae", vae), ("transformer", transformer)):
+        part.bfloat16().save_pretrained(folder / name)
+        index[name] = ["transformers" if name == "text_encoder" else "diffusers", type(part).__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
     return folder
 
 
-def control_model(base):
-    """Widened model whose control columns are not zero, so that a wrong control shows, with the installed attention."""
+def load(base):
+    """Widened model of a base in fp32, with the installed attention."""
     import cv4ctrl
 
-    model = cv4ctrl.load_transformer(base / "transformer", None, torch.float32, torch.device("cpu"))
+    return cv4ctrl.load_transformer(Path(base, "transformer"), dtype=torch.float32, device=torch.device("cpu"))
+
+
+def control_model(base):
+    """The same with control columns that are not zero, so that a wrong control shows."""
+    model = load(base)
     with torch.no_grad():
         model.patch_embed.proj.weight[:, 64:].normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     return model
-
-
-# --- the data -------------------------------------------------------------------------------------------------------------------
 
 
 def all_captions():
@@ -122,16 +102,11 @@ def draw_pair(rng, pixels=64):
     radius = rng.uniform(0.22, 0.36) * size
     x, y = (rng.uniform(radius, size - radius) for _ in range(2))
     turn = rng.uniform(-0.35, 0.35) - math.pi / (4 if shape == "square" else 2)  # upright, give or take 20 degrees
-    corners = SHAPES[shape]
-    if corners == 0:
-        corners, inner = 60, 1.0
-    else:
-        inner = 0.45 if shape == "star" else None
-    points = []
-    for i in range(corners * (2 if inner == 0.45 else 1)):
-        reach = radius * (inner if inner == 0.45 and i % 2 else 1.0)
-        angle = turn + 2 * math.pi * i / (corners * (2 if inner == 0.45 else 1))
-        points.append((x + reach * math.cos(angle), y + reach * math.sin(angle)))
+    reaches = [radius, 0.45 * radius] if shape == "star" else [radius]
+    corners = SHAPES[shape] * len(reaches)
+    angles = [turn + 2 * math.pi * i / corners for i in range(corners)]
+    reaches *= SHAPES[shape]
+    points = [(x + reach * math.cos(angle), y + reach * math.sin(angle)) for reach, angle in zip(reaches, angles)]
     image = Image.new("RGB", (size, size), GROUNDS[ground])
     ImageDraw.Draw(image).polygon(points, fill=COLOURS[colour])
     control = Image.new("RGB", (size, size))
@@ -142,23 +117,19 @@ def draw_pair(rng, pixels=64):
 
 def png(image):
     """Image as PNG bytes."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    image.save(buffer := io.BytesIO(), "PNG")
     return buffer.getvalue()
 
 
 def write_parquet(folder, rows):
-    """Rows of (image bytes, control bytes, caption) as FOLDER/train.parquet with the columns of open_pose_controlnet."""
+    """Rows of (image bytes, control bytes, caption) as FOLDER/train.parquet -> the folder."""
     import datasets
 
-    features = datasets.Features({"image": datasets.Image(), "conditioning_image": datasets.Image(), "text": datasets.Value("string")})
-    columns = {
-        "image": [{"bytes": image, "path": None} for image, _, _ in rows],
-        "conditioning_image": [{"bytes": control, "path": None} for _, control, _ in rows],
-        "text": [caption for _, _, caption in rows],
-    }
+    picture = datasets.Image()
+    features = {"image": picture, "conditioning_image": picture, "text": datasets.Value("string")}
+    columns = dict(zip(features, zip(*rows)))
     Path(folder).mkdir(parents=True, exist_ok=True)
-    datasets.Dataset.from_dict(columns, features=features).to_parquet(str(Path(folder) / "train.parquet"))
+    datasets.Dataset.from_dict(columns, datasets.Features(features)).to_parquet(str(Path(folder, "train.parquet")))
     return Path(folder)
 
 
@@ -175,9 +146,5 @@ def make_data(folder, count=64, pixels=64, seed=0):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--rows", type=int, default=2048)
-    options = parser.parse_args()
-    if not (options.folder / "data" / "train.parquet").exists():
-        make_data(options.folder / "data", options.rows)
+    if not Path(sys.argv[1], "data", "train.parquet").exists():
+        make_data(Path(sys.argv[1], "data"), int((sys.argv[2:] or [2048])[0]))
