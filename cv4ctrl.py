@@ -572,6 +572,8 @@ def encode_rows(config, base, keys, known, rows, ids, device):
     length = config.max_sequence_length
     read = functools.partial(read_row, config, keys, known, rows)
     results = prefetch(read, ids, config.dataloader_num_workers)
+    writers = ThreadPoolExecutor(config.dataloader_num_workers)  # to wait for the disk takes milliseconds
+    written = []
     for row, parts in progress(results, "encoding", total=len(ids)):
         found.append(row)
         for key in parts.keys() - stored:
@@ -581,10 +583,12 @@ def encode_rows(config, base, keys, known, rows, ids, device):
                 pixels = parts[key].to(device, torch.bfloat16)
                 entry = encoders().vae.encode(pixels).latent_dist.parameters
             write = functools.partial(save_file, {"entry": entry[0].cpu().contiguous()})
-            write_aside(Path(config.encoded_dir, f"{key}.safetensors"), write)
+            written.append(writers.submit(write_aside, Path(config.encoded_dir, f"{key}.safetensors"), write))
             stored.add(key)
         if stop_requests:
             break
+    for future in written:
+        future.result()  # raises what went wrong
     return found
 
 

@@ -1,6 +1,6 @@
 """Measures the trainer and its parts: a table for each section, and the same figures in bench.json.
 
-    python tests/bench.py                                                  all sections, with the tiny base of tests/base
+    python tests/bench.py                                                 all sections, with the tiny base of tests/base
     python tests/bench.py step bare --train_batch_size 8                   some of them, with any flags of cv4ctrl.py
     deepspeed --num_gpus=8 tests/bench.py step --base full                 the shape of CogView4-6B, with random weights
     python tests/bench.py reference --reference train_control_cogview4.py  against your own copy of diffusers' example

@@ -98,7 +98,8 @@ def test_defaults_are_the_recipe_of_the_original_document():
     ("--lr_scheduler zigzag", "lr_scheduler zigzag"), ("--report_to comet_ml", "comet_ml tensorboard"),
     ("--weighting_scheme x", "weighting_scheme logit_normal"), ("--control x", "control openpose"),
     (f"--seed {2**64}", "seed"), ("--learning_rate nan", "learning_rate"), ("--learning_rate -1", "learning_rate"),
-    ("--adam_beta2 1", "adam_beta2"), ("--logit_mean nan", "logit_mean"), ("--max_train_samples 0", "max_train_samples"),
+    ("--adam_beta2 1", "adam_beta2"), ("--logit_mean nan", "logit_mean"),
+    ("--max_train_samples 0", "max_train_samples"),
     ("--timeout_minutes 0", "timeout_minutes"), ("--timeout_minutes 1e17", "timeout_minutes"),
     ("--lr_scheduler polynomial --learning_rate 1e-8", "polynomial 1e-07"),
     ("--resolution 1000", "resolution 16"), ("--proportion_empty_prompts 1.5", "proportion_empty_prompts 1"),
@@ -140,7 +141,8 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(argv, words, fl
     'tensor_parallel = {"autotp_size": 2}', 'data_efficiency = {"data_routing": {"random_ltd": {"enabled": true}}}',
     'comet = {"enabled": true}', "prescale_gradients = true", "bf16 = true", "bf16.check_grad_overflow = false",
     'zero_optimisation = {"stage": 2}', "zero_optimization = true", 'zero_optimization.stage = "auto"',
-    *(f"zero_optimization.stage = {stage}" for stage in ("0", "3", "7", "true")), "zero_optimization.cpu_offload = true",
+    *(f"zero_optimization.stage = {stage}" for stage in ("0", "3", "7", "true")),
+    "zero_optimization.cpu_offload = true",
     'zero_optimization.offload_param = {"device": "cpu"}', 'zero_optimization.offload_optimizer.device = "nvme"',
     'zero_optimization.offload_optimizer.pin_memory = "perhaps"', 'zero_optimization.reduce_bucket_size = "many"',
     'zero_optimization.overlap_comm = "auto"', 'wall_clock_breakdown = "maybe"', "steps_per_print = null",
@@ -152,7 +154,8 @@ def test_what_is_not_known_to_train_right_is_refused_by_name(setting, flags, ref
 
 
 @pytest.mark.parametrize("setting, flag, value", [
-    ("train_micro_batch_size_per_gpu = 3", "--train_batch_size", "4"), ("train_batch_size = 5", "--total_batch_size", "4"),
+    ("train_micro_batch_size_per_gpu = 3", "--train_batch_size", "4"),
+    ("train_batch_size = 5", "--total_batch_size", "4"),
     ("gradient_accumulation_steps = 2", "--gradient_accumulation_steps", "1"),
     ("gradient_clipping = 0.5", "--max_grad_norm", "1.0"), ("bf16.enabled = true", "--mixed_precision", "false"),
 ])  # fmt: skip

@@ -1,4 +1,4 @@
-"""Real photographs, of the sizes and modes in which scikit-image ships them, through the whole trainer and the README."""
+"""Real photographs, in the sizes and modes that scikit-image ships, through the whole trainer and the README."""
 
 import inspect
 import json
