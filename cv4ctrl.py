@@ -32,6 +32,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -120,21 +121,21 @@ class Config:
     dataset_name: str = flag("raulc0399/open_pose_controlnet", "hub name, folder or parquet file")
     dataset_config_name: str | None = flag(None, "configuration of the data set")
     jsonl_for_train: str | None = flag(None, "instead: JSON lines, with image paths relative to that file")
-    max_train_samples: int | None = flag(None, "use only the first so many rows")
+    max_train_samples: int | None = flag(None, "use only the first N rows")
     image_column: str = flag("image", "column of the target image")
     conditioning_image_column: str = flag("conditioning_image", "column of the control image")
     caption_column: str = flag("text", "column of the caption, of a list the longest")
     skip_bad_rows: bool = flag(False, "leave out rows that cannot be read")
     control: str = flag("column", "column, or a detector of controlnet_aux such as canny, openpose")
     resolution: int = flag(1024, "pixels a side, to which pictures are resized")
-    max_sequence_length: int = flag(1024, "captions are cut to so many tokens")
+    max_sequence_length: int = flag(1024, "captions are cut to N tokens")
     encoded_dir: str | None = flag(None, "cache to share between runs; default: OUTPUT_DIR/encoded")
     output_dir: str = flag("pose-control", "folder of the run")
     seed: int = flag(0, "of data order, timesteps, noise and caption dropout")
     mixed_precision: Literal["bf16", "no"] = flag("bf16", "no for fp32; fp16 and fp8 are not supported")
-    train_batch_size: int = flag(8, "samples a micro-batch and rank")
-    gradient_accumulation_steps: int = flag(1, "micro-batches a step and rank")
-    total_batch_size: int | None = flag(None, "samples a step over all ranks; sets the accumulation")
+    train_batch_size: int = flag(8, "samples per micro-batch and rank")
+    gradient_accumulation_steps: int = flag(1, "micro-batches per step and rank")
+    total_batch_size: int | None = flag(None, "samples per step over all ranks; sets the accumulation")
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass")
     compile: bool = flag(False, "compile the blocks; needs g++")
     max_train_steps: int | None = flag(None, "optimizer steps; overrides --num_train_epochs")
@@ -151,10 +152,10 @@ class Config:
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: never")
     proportion_empty_prompts: float = flag(0.0, "share of samples trained without caption, 0 to 1")
     weighting_scheme: WEIGHTING = flag("none", "weighting of timesteps or loss, as in SD3")
-    logit_mean: float = flag(0.0, "of logit_normal")
-    logit_std: float = flag(1.0, "of logit_normal")
+    logit_mean: float = flag(0.0, "mean of logit_normal")
+    logit_std: float = flag(1.0, "standard deviation of logit_normal")
     mode_scale: float = flag(1.29, "of mode")
-    dataloader_num_workers: int = flag(8, "threads a rank that read pictures and prepare micro-batches")
+    dataloader_num_workers: int = flag(8, "threads per rank that read pictures and prepare micro-batches")
     checkpointing_steps: int = flag(1000, "steps between checkpoints")
     checkpoints_total_limit: int = flag(2, "newest checkpoints that are kept; 0: all")
     resume_from_checkpoint: str = flag("latest", "latest, or the newest checkpoint; none in an empty folder")
@@ -162,7 +163,7 @@ class Config:
     validation_image: list[str] | None = flag(None, "control images; default: held-out rows")
     validation_prompt: list[str] | None = flag(None, "one for all validation images, or one each")
     validation_steps: int = flag(100, "steps between evaluations (probe and pictures)")
-    num_validation_images: int = flag(1, "pictures a case, each from its own noise")
+    num_validation_images: int = flag(1, "pictures per case, each from its own noise")
     num_inference_steps: int = flag(50, "Euler steps of a validation picture")
     guidance_scale: float = flag(3.5, "of validation pictures; up to 1: none")
     probe_samples: int = flag(32, "rows held out of training, at most a tenth of all")
@@ -418,7 +419,7 @@ stop_requests = {}  # signal -> time at which it first came
 
 def request_stop(number, frame):
     """Signal handler: asks for a stop after the step; the same signal 5 s later ends the process."""
-    now = time.monotonic()  # `deepspeed` passes a signal on twice within a tenth of a second
+    now = time.monotonic()  # a launcher that is signalled with its ranks passes the signal on: it comes twice
     if now - stop_requests.setdefault(number, now) > 5:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
@@ -435,7 +436,7 @@ def digest(*parts):
 
 def write_aside(file, write):
     """Calls write(path) for a temporary file that then replaces `file`: no crash leaves it half-written."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    aside = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
     file.parent.mkdir(parents=True, exist_ok=True)
     write(aside)
     aside.chmod(0o644)  # safetensors' are private
@@ -451,8 +452,8 @@ Row = namedtuple("Row", "id text image control caption")
 
 
 class Encoded(namedtuple("Encoded", "folder sizes train held_out cases empty scaling")):
-    """Encoded data: folder, {key: bytes}, Rows to train on, held out, to draw, key of "", scaling of
-    latents."""
+    """The encoded data. sizes: {key: bytes}; train, held_out, cases (drawn in evaluations): lists of Row;
+    empty: key of the caption ""; scaling: of the VAE's latents, 1 for CogView4-6B."""
 
     def entry(self, key):
         """Prompt embedding (T, 4096) or posterior moments (32, h, w), bf16."""
@@ -535,7 +536,8 @@ def read_row(config, keys, known, rows, id):
                     options = {"low_threshold": 50, "high_threshold": 200} if control == "canny" else {}
                     options |= {"detect_resolution": side, "image_resolution": side}
                     image = load_detector(control)(image.resize((side, side), Image.LANCZOS), **options)
-                parts[key] = VaeImageProcessor(PIXELS_PER_LATENT).preprocess(image, side, side)
+                processor = VaeImageProcessor(vae_scale_factor=PIXELS_PER_LATENT)
+                parts[key] = processor.preprocess(image, side, side)
         return Row(id, text, *pictures, keys["caption"](text)), parts
     except Exception as error:  # files and decoders raise what they like
         return f"row {id}, {column}: {str(error).partition(' <_io')[0]}", {}
@@ -572,7 +574,7 @@ def encode_rows(config, base, keys, known, rows, ids, device):
     length = config.max_sequence_length
     read = functools.partial(read_row, config, keys, known, rows)
     results = prefetch(read, ids, config.dataloader_num_workers)
-    writers = ThreadPoolExecutor(config.dataloader_num_workers)  # to wait for the disk takes milliseconds
+    writers = ThreadPoolExecutor(config.dataloader_num_workers)  # waiting for the disk takes milliseconds
     written = []
     for row, parts in progress(results, "encoding", total=len(ids)):
         found.append(row)
@@ -585,10 +587,12 @@ def encode_rows(config, base, keys, known, rows, ids, device):
             write = functools.partial(save_file, {"entry": entry[0].cpu().contiguous()})
             written.append(writers.submit(write_aside, Path(config.encoded_dir, f"{key}.safetensors"), write))
             stored.add(key)
+        while written and (written[0].done() or len(written) > 100):
+            written.pop(0).result()  # raises what went wrong
         if stop_requests:
             break
     for future in written:
-        future.result()  # raises what went wrong
+        future.result()
     return found
 
 
@@ -652,8 +656,9 @@ def permutation(seed, epoch, rows):
 
 
 class Stream:
-    """The samples of a run; micro-batch n of a rank is accumulation n % A of step n // A. Sorted by text
-    length, the samples of a step are cut into micro-batches in the same way for any number of ranks."""
+    """The samples of a run. stream[n] is micro-batch n of this rank: accumulation n % A of step n // A, where
+    A is gradient_accumulation_steps. The samples of a step are sorted by caption length before they are cut
+    into micro-batches, so that the number of ranks does not matter and little is padded."""
 
     def __init__(self, config, encoded, rank, world):
         self.config = config
@@ -684,7 +689,7 @@ class Stream:
         return sorted(positions, key=lambda k: self.encoded.sizes[self.row(k)[1]])
 
     def sample(self, row, caption, timestep, *address):
-        """What the model is fed of a row; noise and posterior draws are those of the address."""
+        """Model inputs for one row; noise and posterior draws are those of the address."""
         side = self.config.resolution // PIXELS_PER_LATENT
         random = generator(self.config.seed, *address)
         noise, eps, control_eps = torch.randn(3, LATENT_CHANNELS, side, side, generator=random)
@@ -889,12 +894,12 @@ def start_engine(config, settings, model, adam_steps=0):
     else:
         optimizer = torch.optim.AdamW(parameters, fused=True, **options)
     engine, *_ = deepspeed.initialize(None, model, optimizer, parameters, config=settings)
-    for group in optimizer.param_groups:  # which now hold this rank's part of the fp32 weights
+    for group in optimizer.param_groups:  # they now hold this rank's part of the fp32 weights
         for part in group["params"]:
             step = adam_steps if offloaded else torch.tensor(float(adam_steps), device=part.device)
             moments = {name: torch.zeros_like(part) for name in ("exp_avg", "exp_avg_sq")}
             optimizer.state[part] = {"step": step} | moments
-    engine.optimizer._lazy_init_hp_params_optimizer_state()  # which DeepSpeed would do in its first step
+    engine.optimizer._lazy_init_hp_params_optimizer_state()  # else in the first step, after loading
     return engine
 
 
@@ -920,18 +925,20 @@ def save_checkpoint(engine, config, step, manifest):
     folder = Path(config.output_dir)
     aside = folder / f".checkpoint-{step}.tmp"
     parameters = dict(engine.module.named_parameters())
+    masters = {}  # fp32 weights to export
     names = sorted(parameters, key=lambda name: parameters[name].numel())  # so that all ranks write as much
     for number, name in enumerate(progress(names, "saving", leave=False)):
         for entry, key in STATE.items():
             tensor = safe_get_full_optimizer_state(parameters[name], key)  # collective
+            if config.upcast_before_saving and entry == "master" and RANK == 0:
+                masters[name] = tensor.cpu()
             with fail_together():
                 if number % WORLD == RANK:
                     write = functools.partial(save_file, {"entry": tensor.cpu()})
                     write_aside(aside / "state" / f"{entry}.{name}.safetensors", write)
     with fail_together():
         if RANK == 0:
-            dtype = torch.float32 if config.upcast_before_saving else None
-            weights = {name: parameter.detach().to("cpu", dtype) for name, parameter in parameters.items()}
+            weights = masters or {name: parameter.detach().cpu() for name, parameter in parameters.items()}
             write = functools.partial(save_file, weights, metadata={"format": "pt"})
             write_aside(aside / "transformer" / "diffusion_pytorch_model.safetensors", write)
             engine.module.save_config(aside / "transformer")
@@ -1051,7 +1058,7 @@ def train(engine, stream, shared, base, identity, start, steps, skipped):
     rate = learning_rate(config, steps)
     log = Log(config, start, steps)
     watch = functools.partial(faulthandler.dump_traceback_later, 60 * config.timeout_minutes, exit=True)
-    watch()  # where a rank hangs all ranks print their stacks and end
+    watch()  # if a rank hangs, all ranks print their stacks and end
     in_a_row = 0
 
     def evaluate(step):
@@ -1112,7 +1119,8 @@ def memory_of_step(config, zero, model, cards, tokens, offload):
     weights = model.num_parameters()
     width = model.config.num_attention_heads * model.config.attention_head_dim
     sequence = (config.resolution // PIXELS_PER_TOKEN) ** 2 + tokens
-    # (B, S, D) tensors: 1 a block if recomputed, else 22; in the last 22, gelu's gradient 4, three 4 D x D
+    # Tensors of (B, S, D): a block keeps 1 if it is recomputed, else 22. The block in its backward pass has
+    # 22, and 4 for the gradient of gelu; three gradients of its weights, 4 D x D each, wait to be summed.
     kept = (len(model.transformer_blocks) - 1) * (1 if config.gradient_checkpointing else 22) + 22 + 4
     shards = cards.number if zero["stage"] == 2 else 1
     return {
@@ -1125,8 +1133,8 @@ def memory_of_step(config, zero, model, cards, tokens, offload):
 
 
 def fit_engine(config, settings, model, cards, tokens):
-    """Decides what ds_config.json leaves open -> memory_of_step. DeepSpeed 0.19.8 frees gradients larger than
-    a bucket while they are being sent (reduce_ipg_grads): a bucket holds at least the largest weight."""
+    """Decides what ds_config.json leaves open -> memory_of_step. A bucket holds at least the largest weight:
+    DeepSpeed 0.19.8 may free a larger gradient before it has been sent (reduce_ipg_grads)."""
     zero = settings["zero_optimization"]
     offload = zero["offload_optimizer"]
     largest = max(parameter.numel() for parameter in model.parameters())
@@ -1139,7 +1147,7 @@ def fit_engine(config, settings, model, cards, tokens):
 
 
 def check_memory(memory, cards):
-    """Checks that a step fits on the cards, and what is offloaded into this host. Raises Failure."""
+    """Checks that a step fits on the cards, and offloaded state into this host's memory. Raises Failure."""
     needed = sum(memory.values()) - memory["host"]
     room = USABLE_MEMORY * cards.memory
     require(needed <= room, f"a step takes {needed / 1e9:.0f} GB a card, {room / 1e9:.0f} can be used")
@@ -1155,7 +1163,7 @@ def print_plan(config, rows, steps, start, model, cards, memory, tokens):
     width = model.config.num_attention_heads * model.config.attention_head_dim
     sequence = (config.resolution // PIXELS_PER_TOKEN) ** 2 + tokens[0]
     flops = 12 * len(model.transformer_blocks) * width * sequence * (6 * width + sequence)  # a sample
-    passes = 1 if config.gradient_checkpointing else 0.75  # UTILISATION is of runs that recompute
+    passes = 1 if config.gradient_checkpointing else 0.75  # UTILISATION was measured with recomputation
     seconds = passes * total * flops / (cards.number * cards.flops * UTILISATION) if cards.flops else math.nan
     kept = min(config.checkpoints_total_limit or math.inf, math.ceil(steps / config.checkpointing_steps)) + 1
     saved = (
@@ -1185,12 +1193,12 @@ def caption_tokens(config, base, rows):
             texts.append(caption_of(config, rows[id]))
     ids = transformers.AutoTokenizer.from_pretrained(base / "tokenizer")(texts or [""])["input_ids"]
     lengths = [16 * math.ceil(min(len(one), config.max_sequence_length) / 16) for one in ids]
-    return sum(lengths[1:]) / max(len(lengths) - 1, 1), max(lengths)
+    return sum(lengths) / len(lengths), max(lengths)
 
 
 # === main ===================================================================================================
 def find_base(config, weights):
-    """(name of the base, its folder, folder of the transformer), from the hub if it is no folder; of a
+    """(name of the base, its folder, folder of the transformer), from the hub if it is not a folder; of a
     checkpoint made here the base that it came from, and its transformer."""
     name = config.pretrained_model_name_or_path
     patterns = ["*.json", "*.txt", "*.model"] + ["*.safetensors"] * weights
@@ -1242,9 +1250,9 @@ pipe = CogView4ControlPipeline.from_pretrained("{base}", transformer=transformer
 def fine_tune(config, settings, cards, base, transformer, rows, found, manifest, identity):
     """Encodes the rows, trains, and puts the weights into output_dir -> optimizer steps. Raises Failure."""
     folder = Path(config.output_dir)
-    device = start_ranks(1.5 * config.timeout_minutes)  # a step that takes too long is reported before that
-    shared = all(all_gather_objects((folder / ".lock").exists()))  # which rank 0 has made
-    require(shared, f"--output_dir {folder}: all machines must share it")
+    device = start_ranks(1.5 * config.timeout_minutes)  # the watch of train() is faster
+    same_folder = all(all_gather_objects((folder / ".lock").exists()))  # rank 0 has made it
+    require(same_folder, f"--output_dir {folder}: all machines must share it")
     with fail_together():
         for left in folder.glob(".checkpoint-*.tmp") if RANK == 0 else ():
             shutil.rmtree(left)
@@ -1278,7 +1286,7 @@ def fine_tune(config, settings, cards, base, transformer, rows, found, manifest,
     with fail_together():
         for file in folder.glob(f"checkpoint-{max(start, steps)}/transformer/*") if RANK == 0 else ():
             shutil.copyfile(file, folder / file.name)
-    return steps
+    return max(start, steps)
 
 
 def count_steps(config, rows):
