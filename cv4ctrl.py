@@ -1139,7 +1139,8 @@ def fit_engine(config, settings, model, cards, tokens):
     offload = zero["offload_optimizer"]
     largest = max(parameter.numel() for parameter in model.parameters())
     asked = zero["reduce_bucket_size"]
-    zero["reduce_bucket_size"] = largest if asked == "auto" else max(asked, largest)
+    asked = min(model.num_parameters(), 50_000_000) if asked == "auto" else asked  # small models: one bucket
+    zero["reduce_bucket_size"] = max(asked, largest)
     if offload["device"] == "auto":
         memory = memory_of_step(config, zero, model, cards, tokens, False)
         offload["device"] = "none" if sum(memory.values()) <= USABLE_MEMORY * cards.memory else "cpu"
