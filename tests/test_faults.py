@@ -193,7 +193,8 @@ DAMAGE = {
     "truncated": lambda folder: os.truncate(next(folder.glob("state/*")), 100),
     "without header": lambda folder: [file.write_bytes(bytes(file.stat().st_size)) for file in folder.glob("state/*")],
     "a missing file": lambda folder: next(folder.glob("transformer/*.safetensors")).unlink(),
-    "an empty manifest": lambda folder: (folder / "manifest.json").write_text(""),
+    "half a config": lambda folder: os.truncate(folder / "transformer" / "config.json", 100),
+    "half a manifest": lambda folder: os.truncate(folder / "manifest.json", 100),
     "a manifest that is no object": lambda folder: (folder / "manifest.json").write_text("[1]"),
 }
 
@@ -307,7 +308,7 @@ def nan_on_rank_1(argv, *bad):
 
 def test_nan_on_one_rank_is_skipped_by_all(run, words, tmp_path):
     """The step is skipped and names its rows; ten in a row end the run."""
-    argv = words(tmp_path, max_train_steps=20, checkpoints_total_limit=0, validation_steps=20)
+    argv = words(tmp_path, max_train_steps=20, checkpoints_total_limit=0, validation_steps=20, mixed_precision="bf16")
     codes, text = run(("test_faults.nan_on_rank_1", [argv, 3, *range(7, 20)]))
     found = rows(tmp_path)
     assert [row["skipped"] for row in found] == [0, 0, 1, 1, 1, 1, *range(2, 12)]
