@@ -115,7 +115,7 @@ def test_20_kills_at_random_moments(run, words, undisturbed, tmp_path):
     rng, kills, starts = random.Random(0), 0, set()
 
     def kill(pids):
-        time.sleep(rng.uniform(0.5, 6))
+        time.sleep(rng.uniform(0.5, 4))
         os.kill(rng.choice(pids), signal.SIGKILL)
 
     while kills < 20:
@@ -386,7 +386,7 @@ def test_long_runs_leak_nothing(run, words, tmp_path):
 
     codes, text = run(words(tmp_path, max_train_steps=2000, checkpointing_steps=100, validation_steps=100), hurt=watch)
     assert codes == [0, 0] and len(cv4ctrl.checkpoints(tmp_path)) == 2, text
-    early, late = (torch.tensor(part).median(0).values for part in torch.tensor(seen).tensor_split(4)[::3])
+    early, late = (part.median(0).values for part in torch.tensor(seen).tensor_split(4)[::3])
     steps, memory, files = (late - early).tolist()
     assert memory < 10_000 * steps and files <= 2, seen
 

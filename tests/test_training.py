@@ -32,7 +32,7 @@ def trained(tmp_path_factory, flags, encoded):
     out = tmp_path_factory.mktemp("runs")
     (out / "stage-1.json").write_text('{"zero_optimization": {"stage": 1}}')
     two = SIX | {"train_batch_size": 2}
-    still = {"learning_rate": 0.0, "max_train_steps": 1}
+    still = {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 1, "max_train_steps": 1}  # its only rate is 0
     runs = {
         "six": (1, SIX),
         "two ranks, stage 2": (2, two),
@@ -98,7 +98,7 @@ def draw(pipeline, base, transformer, **more):
 
 
 def test_a_model_that_has_learned_nothing_draws_what_the_base_draws(trained, base):
-    """learning_rate 0: the export of a whole run, in the installed pipelines. Sums over 128 inputs round otherwise."""
+    """The export of a run with rate 0, in the installed pipelines. Sums over 128 inputs round otherwise."""
     _, picture, _ = tiny.draw_pair(random.Random(0))
     drawn = draw(diffusers.CogView4ControlPipeline, base, trained("not moved"), control_image=picture)
     torch.testing.assert_close(drawn, draw(diffusers.CogView4Pipeline, base, base / "transformer"), rtol=0, atol=1e-6)
