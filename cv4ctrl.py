@@ -11,8 +11,6 @@ As in CogView4ControlPipeline, the model is told the unshifted t, while the late
     python cv4ctrl.py --help                     all flags
     python cv4ctrl.py --dry_run [flags]          check everything, print the plan, load nothing
     deepspeed --num_gpus=8 cv4ctrl.py [flags]    train; the same command again continues
-
-Each section uses only those above it. A Failure ends the run with one line that says what to change.
 """
 
 import contextlib
@@ -29,10 +27,8 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
-import uuid
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,39 +38,28 @@ import datasets
 import deepspeed
 import diffusers
 import huggingface_hub
-import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from deepspeed.monitor.config import get_monitor_config
-from deepspeed.monitor.monitor import MonitorMaster
 from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.embeddings import apply_rotary_emb
-from PIL import Image, ImageDraw
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-TIMESTEPS = 1000  # noise levels; this and the next three: scheduler/scheduler_config.json of CogView4-6B
-BASE_SHIFT = 0.25
-MAX_SHIFT = 0.75
-BASE_TOKENS = 256
+TIMESTEPS = 1000  # noise levels; scheduler/scheduler_config.json of CogView4-6B
 LATENT_CHANNELS = 16  # vae/config.json of CogView4-6B
 PIXELS_PER_LATENT = 8  # the VAE reduces each side 8 times
 PIXELS_PER_TOKEN = 16  # the transformer takes patches of 2 x 2 latents
 GOLDEN_RATIO = 0x9E3779B97F4A7C15  # its fraction in 64 bits: the step of the evenest additive sequence
-CACHE_FORMAT = "1"  # part of every cache key: raise it when what is stored under a key changes
-PROBE_TIMESTEPS = range(100, 901, 100)  # the quantiles 0.1 ... 0.9 of uniform timesteps
 RANK = int(os.environ.get("RANK", 0))  # set by every launcher
 WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 CARDS = {  # --plan_for: bytes of memory, dense bf16 FLOP/s; NVIDIA's data sheets
     "A100-40GB": (40e9, 312e12), "A100-80GB": (80e9, 312e12), "H100-80GB": (80e9, 989e12),
     "H200-141GB": (141e9, 989e12), "B200-180GB": (180e9, 2250e12)}  # fmt: skip
-WEIGHTING = Literal["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"]  # schemes of SD3
 DETECTORS = "canny hed leres lineart lineart_anime midas mlsd normalbae openpose pidinet zoe".split()
 USABLE_MEMORY = 0.94  # of a card; CUDA, NCCL and fragmentation take the rest
 UTILISATION = 0.4  # of a card's peak; published full fine-tunings of this size reach 0.22 to 0.48
@@ -115,16 +100,15 @@ def flag(default, help):
 class Config:
     """All flags. Defaults are the recipe of the original document."""
 
-    pretrained_model_name_or_path: str = flag("THUDM/CogView4-6B", "hub name, folder or checkpoint")
+    pretrained_model_name_or_path: str = flag("THUDM/CogView4-6B", "hub name or folder")
     revision: str | None = flag(None, "revision of the base on the hub")
-    cache_dir: str | None = flag(None, "folder for downloads")
     dataset_name: str = flag("raulc0399/open_pose_controlnet", "hub name, folder or parquet file")
     dataset_config_name: str | None = flag(None, "configuration of the data set")
     jsonl_for_train: str | None = flag(None, "instead: JSON lines, with image paths relative to that file")
     max_train_samples: int | None = flag(None, "use only the first N rows")
     image_column: str = flag("image", "column of the target image")
     conditioning_image_column: str = flag("conditioning_image", "column of the control image")
-    caption_column: str = flag("text", "column of the caption, of a list the longest")
+    caption_column: str = flag("text", "column of the caption")
     skip_bad_rows: bool = flag(False, "leave out rows that cannot be read")
     control: str = flag("column", "column, or a detector of controlnet_aux such as canny, openpose")
     resolution: int = flag(1024, "pixels a side, to which pictures are resized")
@@ -141,57 +125,47 @@ class Config:
     max_train_steps: int | None = flag(None, "optimizer steps; overrides --num_train_epochs")
     num_train_epochs: int = flag(1, "passes over the data")
     learning_rate: float = flag(5e-5, "peak learning rate, after warm-up")
-    lr_scheduler: str = flag("cosine", "one of the schedules of diffusers")
+    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = flag("cosine", "schedule")
     lr_warmup_steps: int = flag(1000, "optimizer steps of linear warm-up")
-    lr_num_cycles: int = flag(1, "restarts of cosine_with_restarts")
-    lr_power: float = flag(1.0, "exponent of polynomial")
     adam_beta1: float = flag(0.9, "decay of the first moment")
     adam_beta2: float = flag(0.999, "decay of the second moment")
     adam_weight_decay: float = flag(1e-4, "decoupled weight decay")
     adam_epsilon: float = flag(1e-8, "added to the root of the second moment")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: never")
     proportion_empty_prompts: float = flag(0.0, "share of samples trained without caption, 0 to 1")
-    weighting_scheme: WEIGHTING = flag("none", "weighting of timesteps or loss, as in SD3")
+    weighting_scheme: Literal["none", "logit_normal"] = flag(
+        "none", "distribution of timesteps; none: uniform"
+    )
     logit_mean: float = flag(0.0, "mean of logit_normal")
     logit_std: float = flag(1.0, "standard deviation of logit_normal")
-    mode_scale: float = flag(1.29, "of mode")
     dataloader_num_workers: int = flag(8, "threads per rank that read pictures and prepare micro-batches")
     checkpointing_steps: int = flag(1000, "steps between checkpoints")
     checkpoints_total_limit: int = flag(2, "newest checkpoints that are kept; 0: all")
-    resume_from_checkpoint: str = flag("latest", "latest, or the newest checkpoint; none in an empty folder")
+    resume_from_checkpoint: Literal["latest"] = flag("latest", "which a run always continues from")
     upcast_before_saving: bool = flag(False, "export fp32 weights")
     validation_image: list[str] | None = flag(None, "control images; default: held-out rows")
-    validation_prompt: list[str] | None = flag(None, "one for all validation images, or one each")
+    validation_prompt: list[str] | None = flag(None, "a prompt for each of them")
     validation_steps: int = flag(100, "steps between evaluations (probe and pictures)")
     num_validation_images: int = flag(1, "pictures per case, each from its own noise")
     num_inference_steps: int = flag(50, "Euler steps of a validation picture")
     guidance_scale: float = flag(3.5, "of validation pictures; up to 1: none")
     probe_samples: int = flag(32, "rows held out of training, at most a tenth of all")
-    offload: bool = flag(False, "no effect: encoders are always freed before training")
     push_to_hub: bool = flag(False, "upload the weights at the end")
     hub_model_id: str | None = flag(None, "repository; default: the name of OUTPUT_DIR")
     report_to: Literal["none", "tensorboard", "wandb", "all"] = flag("none", "trackers")
-    tracker_project_name: str = flag("cogview4_train_control", "project of the tracker")
-    logging_dir: str = flag("logs", "folder of the tracker in OUTPUT_DIR")
     deepspeed_config: str | None = flag(None, "engine settings; default: ds_config.json beside this file")
     timeout_minutes: float = flag(120.0, "limit of one step with its evaluation and checkpoint")
     dry_run: bool = flag(False, "check everything, print the plan, load nothing")
     plan_for: str | None = flag(None, "print the plan for other cards, such as 8xA100-80GB")
 
 
-REFUSED_FLAGS = {
-    "use_8bit_adam": "ZeRO-2 shards the optimizer; on one GPU set offload_optimizer in ds_config.json",
-    "hub_token": "log in with `hf auth login` or set HF_TOKEN",
-    "only_target_transformer_blocks": "all weights train",
-    "log_dataset_samples": "validation/step-0.png shows samples",
-    "scale_lr": "multiply --learning_rate yourself",
-    "variant": "give a folder with these weights as base",
-    "allow_tf32": "train in bf16, or in true fp32",
-}
-MAY_BE_ZERO = ("seed", "lr_warmup_steps", "checkpoints_total_limit", "probe_samples", "num_validation_images")
+LEAST = dict.fromkeys(
+    "seed lr_warmup_steps checkpoints_total_limit probe_samples num_validation_images".split(), 0
+)
+LEAST |= {"logit_mean": -1e9, "timeout_minutes": 1e-3}  # of numbers; where nothing is said 1, or 0.0
 # What decides which samples a run sees and what its state looks like: a continued run must keep it.
-IDENTITY = ["seed", "total_batch_size", "resolution", "max_sequence_length", "control", "mixed_precision"]
-IDENTITY += ["weighting_scheme", "logit_mean", "logit_std", "mode_scale", "proportion_empty_prompts"]
+IDENTITY = """pretrained_model_name_or_path seed total_batch_size resolution max_sequence_length control
+mixed_precision proportion_empty_prompts weighting_scheme logit_mean logit_std""".split()
 
 
 def parse(argv=None):
@@ -200,10 +174,9 @@ def parse(argv=None):
     parser.error = functools.partial(require, False)
     parser.add_argument("--local_rank", help="==SUPPRESS==")  # which the deepspeed launcher passes
     config, _, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
-    for word in unknown:
-        name = word.partition("=")[0].lstrip("-").replace("-", "_")
-        require(name not in REFUSED_FLAGS, f"--{name} is not taken: {REFUSED_FLAGS.get(name)}")
-    require(not unknown, f"unknown flags: {' '.join(unknown)}; --help lists all flags")
+    names = [word.partition("=")[0] for word in unknown if word.startswith("-")] or unknown
+    hint = "--help lists all flags, the README what replaces others of the diffusers example"
+    require(not unknown, f"not taken: {' '.join(names)}; {hint}")
     return config
 
 
@@ -212,112 +185,72 @@ def check(config):
     for name, value in dataclasses.asdict(config).items():
         require(value != "", f"--{name}: must not be empty")
         if type(value) in (int, float):
-            least = {"logit_mean": -1e9}.get(name, 1 if type(value) is int and name not in MAY_BE_ZERO else 0)
+            least = LEAST.get(name, 1 if type(value) is int else 0)
             require(least <= value < 2**63, f"--{name} {value}: must be a finite number of at least {least}")
-    require(0 < config.timeout_minutes < 1e5, "--timeout_minutes: must be above 0 and below 100,000")
     require(config.resolution % PIXELS_PER_TOKEN == 0, "--resolution: must be a multiple of 16")
     require(max(config.adam_beta1, config.adam_beta2) < 1, "--adam_beta1, --adam_beta2: must be below 1")
     require(config.proportion_empty_prompts <= 1, "--proportion_empty_prompts: must be at most 1")
     two = config.jsonl_for_train and config.dataset_name != Config.dataset_name
     require(not two, "--dataset_name and --jsonl_for_train: give one of them")
-    counts = {len(config.validation_image or ()), len(config.validation_prompt or ())}
-    fits = len(counts) == 1 or min(counts) == 1
-    require(fits, "--validation_image and --validation_prompt: give one for all, or as many of both")
-    for path in config.validation_image or ():
+    fits = len(config.validation_image or []) == len(config.validation_prompt or [])
+    require(fits, "--validation_image and --validation_prompt: give as many of both")
+    for path in config.validation_image or []:
         with explained(f"--validation_image {path}"):
             Image.open(path).load()
 
 
 def resolve(config, world):
-    """Config with batch sizes and cache folder filled in for `world` ranks. Raises Failure."""
+    """Config with batch sizes, cache folder and control column filled in for `world` ranks."""
     asked = config.gradient_accumulation_steps
     micro = config.train_batch_size * world
     total = config.total_batch_size or micro * asked
     fits = total % micro == 0 and asked in (1, total // micro)
     require(fits, f"--total_batch_size {total}: must be batch size x ranks ({micro}) x accumulation {asked}")
-    folder = config.encoded_dir or f"{config.output_dir}/encoded"
-    batch = {"total_batch_size": total, "gradient_accumulation_steps": total // micro}
-    return dataclasses.replace(config, **batch, encoded_dir=folder)
+    filled = {"total_batch_size": total, "gradient_accumulation_steps": total // micro}
+    filled["encoded_dir"] = config.encoded_dir or f"{config.output_dir}/encoded"
+    if config.control != "column":  # the control is made from the image
+        filled["conditioning_image_column"] = config.image_column
+    return dataclasses.replace(config, **filled)
 
 
 # === flow matching ==========================================================================================
 # Pure functions of tensors, in fp32: in bf16 only 347 of the 1000 sigmas at 1024 px are distinct.
-def shift_mu(image_tokens):
-    """mu for (H / 16) (W / 16) image tokens; calculate_shift in diffusers' pipeline_cogview4_control.py."""
-    return MAX_SHIFT * math.sqrt(image_tokens / BASE_TOKENS) + BASE_SHIFT
-
-
-def shifted_sigma(timestep, mu):
-    """Unshifted timestep 0 ... 1000 -> sigma 0 ... 1 that scales the noise (time_shift_type "linear")."""
+def shifted_sigma(timestep, image_tokens):
+    """Unshifted timestep 0 ... 1000 -> sigma 0 ... 1 that scales the noise, as the scheduler shifts it."""
+    mu = 0.75 * math.sqrt(image_tokens / 256) + 0.25  # max_shift, base_image_seq_len, base_shift
     sigma = timestep.float() / TIMESTEPS
     return mu * sigma / (mu * sigma + 1 - sigma)  # mu / (mu + 1 / sigma - 1), defined at 0 too
 
 
-def timestep_of(u, scheme="none", logit_mean=0.0, logit_std=1.0, mode_scale=1.29):
+def timestep_of(u, scheme="none", logit_mean=0.0, logit_std=1.0):
     """u in (0, 1), large for little noise -> timestep 1000 ... 1 in fp32 (arXiv 2403.03206, section 3.1)."""
     if scheme == "logit_normal":
         u = torch.sigmoid(logit_mean + logit_std * torch.special.ndtri(u))
-    if scheme == "mode":
-        u = 1 - u - mode_scale * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
     return (TIMESTEPS - torch.floor(u * TIMESTEPS)).clamp(1, TIMESTEPS).float()
 
 
-def loss_weight(sigma, scheme):
-    """Weight of a sample's loss at noise level sigma, (B,)."""
-    if scheme == "cosmap":
-        return 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
-    return sigma**-2.0 if scheme == "sigma_sqrt" else torch.ones_like(sigma)
-
-
-def interpolate(latents, noise, sigma):
-    """x = (1 - sigma) x0 + sigma eps; latents and noise (B, 16, h, w), sigma (B,)."""
-    sigma = sigma.view(-1, 1, 1, 1)
-    return (1 - sigma) * latents + sigma * noise
-
-
-def flow_loss(predicted, target, weight):
-    """Mean over samples of the weighted squared error; predicted and target (B, 16, h, w), weight (B,)."""
-    return (weight * (predicted.float() - target).square().flatten(1).mean(1)).mean()
-
-
-def inference_timesteps(steps):
-    """Timesteps that the pipeline visits, (steps,): linspace(1000, 1) in fp64, cut to integers."""
-    return torch.linspace(TIMESTEPS, 1, steps, dtype=torch.float64).long().float()
-
-
 # === control surgery ========================================================================================
-def widen(state, config):
-    """State dict and config dict -> with twice the input channels, the new weights zero. patch_embed.proj
-    takes (channel, p, p) flattened channel first: the control's columns are appended."""
-    inside = config["in_channels"]
-    outside = config["out_channels"]
-    if inside == 2 * outside:
-        return state, config
-    require(inside == outside, f"{inside} -> {outside} channels: neither a base nor a control model")
-    weight = state["patch_embed.proj.weight"]
-    state = state | {"patch_embed.proj.weight": torch.cat([weight, torch.zeros_like(weight)], dim=1)}
-    return state, config | {"in_channels": 2 * inside}
+def widen(state):
+    """State dict of the transformer -> with twice the input channels, the new weights zero."""
+    weight = state["patch_embed.proj.weight"]  # (D, channels x p x p): the control's columns are appended
+    return state | {"patch_embed.proj.weight": torch.cat([weight, torch.zeros_like(weight)], dim=1)}
 
 
-def meta_transformer(folder):
-    """The widened CogView4Transformer2DModel of a folder, on the meta device, without weights."""
+def load_transformer(folder, dtype=None, device="meta"):
+    """Widened CogView4Transformer2DModel of a folder, read straight to `device`, or without weights."""
     config = json.loads(Path(folder, "config.json").read_text())
-    _, config = widen({"patch_embed.proj.weight": torch.empty(0, 0)}, config)
     with torch.device("meta"):
-        return diffusers.CogView4Transformer2DModel.from_config(config)
-
-
-def load_transformer(folder, dtype, device):
-    """Widened CogView4Transformer2DModel, its weights read straight from the files to `device`."""
-    state = {}
+        wide = config | {"in_channels": 2 * LATENT_CHANNELS}
+        model = diffusers.CogView4Transformer2DModel.from_config(wide)
+    if device == "meta":
+        return model
     files = set(Path(folder).glob("*model.safetensors"))
     for index in Path(folder).glob("*.safetensors.index.json"):  # other files do not belong to the model
         files = {index.parent / name for name in json.loads(index.read_text())["weight_map"].values()}
+    state = {}
     for file in files:
         state |= {name: tensor.to(dtype) for name, tensor in load_file(file, str(device)).items()}
-    state, _ = widen(state, json.loads(Path(folder, "config.json").read_text()))
-    model = meta_transformer(folder)
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict(widen(state) if config["in_channels"] == LATENT_CHANNELS else state, assign=True)
     return model
 
 
@@ -363,20 +296,20 @@ def predict(model, shared, noisy, control, prompt_embeds, mask, timestep):
     return model(**inputs, **shared, attention_mask=mask, return_dict=False)[0]
 
 
-def batch_loss(model, shared, batch, scheme):
-    """Flow-matching loss of a micro-batch (see collate), an fp32 scalar; the model learns v = dx / dsigma."""
-    noisy = interpolate(batch["latents"], batch["noise"], batch["sigma"])
+def batch_loss(model, shared, batch):
+    """Flow-matching loss of a micro-batch (see collate): squared error of the velocity, an fp32 scalar."""
+    sigma = batch["sigma"].view(-1, 1, 1, 1)
+    noisy = (1 - sigma) * batch["latents"] + sigma * batch["noise"]
+    velocity = batch["noise"] - batch["latents"]  # d noisy / d sigma
     inputs = [batch[name] for name in ("control", "prompt_embeds", "mask", "timestep")]
-    predicted = predict(model, shared, noisy, *inputs)
-    return flow_loss(predicted, batch["noise"] - batch["latents"], loss_weight(batch["sigma"], scheme))
+    return F.mse_loss(predict(model, shared, noisy, *inputs).float(), velocity)
 
 
 # === ranks and files ========================================================================================
 def all_gather_objects(item):
     """`item` of every rank, in the order of ranks, on every rank."""
-    items = [item] * WORLD
-    if dist.is_initialized():
-        dist.all_gather_object(items, item)
+    items = [None] * WORLD
+    dist.all_gather_object(items, item)
     return items
 
 
@@ -414,74 +347,59 @@ def prefetch(function, items, threads):
             yield future.result()
 
 
-stop_requests = {}  # signal -> time at which it first came
-
-
-def request_stop(number, frame):
-    """Signal handler: asks for a stop after the step; the same signal 5 s later ends the process."""
-    now = time.monotonic()  # a launcher that is signalled with its ranks passes the signal on: it comes twice
-    if now - stop_requests.setdefault(number, now) > 5:
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+stop_requests = []  # signals that came: the run ends after the step, when all ranks have saved
 
 
 def digest(*parts):
-    """Key of 32 hex digits for a sequence of strings, numbers and bytes."""
-    key = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        data = part if isinstance(part, bytes) else str(part).encode()
-        key.update(len(data).to_bytes(8, "big") + data)
-    return key.hexdigest()
+    """Key of 32 hex digits for strings and numbers."""
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
-def write_aside(file, write):
+def write_aside(file, write, sync=True):
     """Calls write(path) for a temporary file that then replaces `file`: no crash leaves it half-written."""
-    aside = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
+    aside = file.with_name(f".{file.name}.{os.urandom(8).hex()}.tmp")
     file.parent.mkdir(parents=True, exist_ok=True)
     write(aside)
     aside.chmod(0o644)  # safetensors' are private
-    with open(aside) as stream:
-        os.fsync(stream)
+    if sync:
+        with open(aside) as stream:
+            os.fsync(stream)
     os.replace(aside, file)
 
 
 # === encode once ============================================================================================
 # One safetensors file an entry, named by a digest of all that it depends on: so no entry can be stale.
 # A row of the data set by the keys of its parts; validation cases have ids below 0.
-Row = namedtuple("Row", "id text image control caption")
+Row = namedtuple("Row", "id image control caption")
 
 
-class Encoded(namedtuple("Encoded", "folder sizes train held_out cases empty scaling")):
+class Encoded(namedtuple("Encoded", "folder sizes train held_out cases empty")):
     """The encoded data. sizes: {key: bytes}; train, held_out, cases (drawn in evaluations): lists of Row;
-    empty: key of the caption ""; scaling: of the VAE's latents, 1 for CogView4-6B."""
+    empty: key of the caption ""."""
 
     def entry(self, key):
         """Prompt embedding (T, 4096) or posterior moments (32, h, w), bf16."""
         return load_file(self.folder / f"{key}.safetensors")["entry"]
 
     def latents(self, key, eps=0.0):
-        """A draw from a picture's posterior, its mean for eps 0; (16, h, w) fp32."""
+        """A draw from a picture's posterior, its mean for eps 0; (16, h, w) fp32. CogView4 scales by 1."""
         mean, log_variance = self.entry(key).float().chunk(2)
-        return self.scaling * (mean + (0.5 * log_variance.clamp(-30, 20)).exp() * eps)
+        return mean + (0.5 * log_variance.clamp(-30, 20)).exp() * eps
 
 
 def open_dataset(config):
     """Rows of the data set: rows[i] is a dict, images undecoded. Raises Failure."""
     datasets.disable_progress_bars()
     name = config.jsonl_for_train or config.dataset_name
-    control = config.conditioning_image_column if config.control == "column" else config.image_column
-    needed = {config.image_column, control, config.caption_column}
+    needed = {config.image_column, config.conditioning_image_column, config.caption_column}
     with explained(f"data set {name}"):
         if config.jsonl_for_train:
             with open(name, encoding="utf-8-sig") as lines:
                 rows = [dict(json.loads(line)) for line in lines if line.strip()]
             columns = set().union(*rows)
         else:
-            if name.startswith((".", "/")):
-                os.stat(name)  # else the hub would be asked for a mistyped path
             kind, file = ("parquet", name) if Path(name).is_file() else (name, None)
-            options = {"name": config.dataset_config_name, "data_files": file, "cache_dir": config.cache_dir}
-            rows = datasets.load_dataset(kind, **options, split="train")
+            rows = datasets.load_dataset(kind, config.dataset_config_name, data_files=file, split="train")
             columns = set(rows.column_names)
             for column in needed & columns:
                 if isinstance(rows.features[column], datasets.Image):
@@ -490,15 +408,6 @@ def open_dataset(config):
     require(needed <= columns, f"data set {name} has no column {needed - columns}, but {columns}")
     count = min(len(rows), config.max_train_samples or len(rows))
     return rows[:count] if config.jsonl_for_train else rows.select_columns(list(needed)).select(range(count))
-
-
-def caption_of(config, row):
-    """Caption of a row, of a list the longest. Raises ValueError if there is none."""
-    value = row.get(config.caption_column)
-    texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
-    if not texts:
-        raise ValueError("no caption")
-    return max(texts, key=len)
 
 
 @functools.cache
@@ -513,32 +422,39 @@ def load_detector(name):
         return detector() if name == "canny" else detector.from_pretrained("lllyasviel/Annotators")
 
 
-def read_row(config, keys, known, rows, id):
-    """Row `id` -> (Row, {key: caption, or pixels (1, 3, H, W) in -1 ... 1}), or (what is wrong, {})."""
-    column = config.caption_column
+def read_picture(config, content, control):
+    """Content of a picture file -> pixels (1, 3, H, W) in -1 ... 1, as the pipeline makes them."""
     side = config.resolution
-    control_column = config.conditioning_image_column if config.control == "column" else config.image_column
+    image = diffusers.utils.load_image(Image.open(io.BytesIO(content)))
+    if control != "column":
+        options = {"low_threshold": 50, "high_threshold": 200} if control == "canny" else {}
+        options |= {"detect_resolution": side, "image_resolution": side}
+        image = load_detector(control)(image.resize((side, side), Image.LANCZOS), **options)
+    return VaeImageProcessor(vae_scale_factor=PIXELS_PER_LATENT).preprocess(image, side, side)
+
+
+def read_row(config, prefixes, known, rows, id):
+    """Row `id` -> (Row, {key: caption or pixels} of what is not known), or (what is wrong with it, {})."""
+    column = config.caption_column
+    sources = [(config.image_column, "column"), (config.conditioning_image_column, config.control)]
+    of_pictures, of_captions = prefixes
     pictures = []
     try:
         row = rows[id]
-        text = caption_of(config, row)
-        parts = {keys["caption"](""): "", keys["caption"](text): text}
-        for column, control in ((config.image_column, "column"), (control_column, config.control)):
+        text = row.get(column)
+        if not isinstance(text, str):
+            raise ValueError("no caption")
+        caption = digest(of_captions, text)
+        parts = {digest(of_captions, ""): "", caption: text}
+        for column, control in sources:
             value = row.get(column)
             value = value if isinstance(value, dict) else {"path": value}
             file = Path(config.jsonl_for_train or "").parent / (value.get("path") or "no picture")
             content = value.get("bytes") or file.read_bytes()
-            key = keys["picture"](control, content)
-            pictures.append(key)
-            if key not in known:  # converted and resized as the pipeline does it
-                image = diffusers.utils.load_image(Image.open(io.BytesIO(content)))
-                if control != "column":
-                    options = {"low_threshold": 50, "high_threshold": 200} if control == "canny" else {}
-                    options |= {"detect_resolution": side, "image_resolution": side}
-                    image = load_detector(control)(image.resize((side, side), Image.LANCZOS), **options)
-                processor = VaeImageProcessor(vae_scale_factor=PIXELS_PER_LATENT)
-                parts[key] = processor.preprocess(image, side, side)
-        return Row(id, text, *pictures, keys["caption"](text)), parts
+            pictures.append(digest(of_pictures, control, hashlib.sha256(content).hexdigest()))
+            if pictures[-1] not in known:
+                parts[pictures[-1]] = read_picture(config, content, control)
+        return Row(id, *pictures, caption), parts
     except Exception as error:  # files and decoders raise what they like
         return f"row {id}, {column}: {str(error).partition(' <_io')[0]}", {}
 
@@ -546,9 +462,7 @@ def read_row(config, keys, known, rows, id):
 def fingerprint(folder):
     """Digest of an encoder's files. The hub's cache names large ones by their SHA-256."""
     parts = []
-    for file in sorted(
-        f for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".model", ".txt")
-    ):
+    for file in sorted(filter(Path.is_file, folder.iterdir())):
         blob = file.resolve()
         named = blob.parent.name == "blobs" and len(blob.name) == 64
         with open(blob, "rb") as stream:
@@ -565,17 +479,15 @@ def load_encoders(base, device, **without):
 
 
 @torch.no_grad()
-def encode_rows(config, base, keys, known, rows, ids, device):
+def encode_rows(config, base, prefixes, known, rows, ids, device):
     """Reads rows and encodes what is not known -> for each its Row, or what is wrong with it. A caption is
     encoded alone: the pipeline pads it to a multiple of 16 tokens, and the pads are attended to."""
     found = []
     stored = set(known)
     encoders = functools.cache(functools.partial(load_encoders, base, device))
     length = config.max_sequence_length
-    read = functools.partial(read_row, config, keys, known, rows)
+    read = functools.partial(read_row, config, prefixes, known, rows)
     results = prefetch(read, ids, config.dataloader_num_workers)
-    writers = ThreadPoolExecutor(config.dataloader_num_workers)  # waiting for the disk takes milliseconds
-    written = []
     for row, parts in progress(results, "encoding", total=len(ids)):
         found.append(row)
         for key in parts.keys() - stored:
@@ -585,61 +497,56 @@ def encode_rows(config, base, keys, known, rows, ids, device):
                 pixels = parts[key].to(device, torch.bfloat16)
                 entry = encoders().vae.encode(pixels).latent_dist.parameters
             write = functools.partial(save_file, {"entry": entry[0].cpu().contiguous()})
-            written.append(writers.submit(write_aside, Path(config.encoded_dir, f"{key}.safetensors"), write))
+            write_aside(Path(config.encoded_dir, f"{key}.safetensors"), write, sync=False)
             stored.add(key)
-        while written and (written[0].done() or len(written) > 100):
-            written.pop(0).result()  # raises what went wrong
         if stop_requests:
             break
-    for future in written:
-        future.result()
     return found
+
+
+def hold_out(rows, most):
+    """Rows -> (rows to train on, rows held out). At most a tenth of the pictures are held out, chosen by
+    content, each with one row; no row that shows one of them is trained on."""
+    pictures = {row.image: row for row in rows}
+    chosen = sorted(pictures, key=lambda image: digest("held out", image))[: min(most, len(pictures) // 10)]
+    return [row for row in rows if row.image not in chosen], [pictures[image] for image in chosen]
 
 
 def encode(config, base, rows, device):
     """Encodes what the cache lacks, split over the ranks -> Encoded. Raises Failure for unusable rows."""
     folder = Path(config.encoded_dir)
-    images = config.validation_image or []
-    prompts = config.validation_prompt or []
     given = []  # validation cases as rows
-    for n in range(max(len(images), len(prompts))):
-        image = {"path": os.path.abspath(images[n % len(images)])}
-        given.append({config.image_column: image, config.conditioning_image_column: image})
-        given[n][config.caption_column] = prompts[n % len(prompts)]
+    for path, prompt in zip(config.validation_image or [], config.validation_prompt or []):
+        image = {"path": os.path.abspath(path)}
+        columns = {config.image_column: image, config.conditioning_image_column: image}
+        given.append(columns | {config.caption_column: prompt})
     ids = range(-len(given), len(rows))
     rows = torch.utils.data.ConcatDataset([rows, given])
 
-    def entries():
-        return {file.stem: file.stat().st_size for file in folder.glob("[!.]*.safetensors")}
+    def entries():  # a file may be empty after a power cut
+        return {file.stem: size for file in folder.glob("[!.]*.safetensors") if (size := file.stat().st_size)}
 
     with fail_together():
         vae, *text = (fingerprint(base / part) for part in ("vae", "text_encoder", "tokenizer"))
-        of_picture = functools.partial(digest, CACHE_FORMAT, vae, config.resolution)  # (control, content)
-        of_caption = functools.partial(digest, CACHE_FORMAT, *text, config.max_sequence_length)  # (text)
-        keys = {"picture": of_picture, "caption": of_caption}
-        mine = encode_rows(config, base, keys, entries(), rows, ids[RANK::WORLD], device)
-    if any(all_gather_objects(bool(stop_requests))):
-        raise Failure("stopped by a signal; encoded data are kept, the same command continues", 75)
+        of_pictures = digest("pictures", vae, config.resolution)
+        of_captions = digest("captions", *text, config.max_sequence_length)
+        prefixes = (of_pictures, of_captions)
+        mine = encode_rows(config, base, prefixes, entries(), rows, ids[RANK::WORLD], device)
     gc.collect()  # the encoders are freed before the transformer is loaded
     torch.cuda.empty_cache()
-    parts, sizes = zip(*all_gather_objects((mine, entries())))
+    parts, sizes, stops = zip(*all_gather_objects((mine, entries(), bool(stop_requests))))
+    if any(stops):
+        raise Failure("stopped by a signal; encoded data are kept, the same command continues", 75)
     found = [parts[n % WORLD][n // WORLD] for n in range(len(ids))]
     bad = [row for row in found if isinstance(row, str)]
     if bad:
         about = f"{bad[0]} ({len(bad)} of {len(ids)} rows cannot be used, the others are encoded"
         require(config.skip_bad_rows, f"{about}; --skip_bad_rows leaves these out)")
         log0(f"{about})")
-    good = [row for row in found if isinstance(row, Row) and row.id >= 0]
-    # At most a tenth of the pictures is held out, by content, and so are all rows that show them.
-    pictures = sorted(
-        {row.image: row for row in good}.values(), key=lambda row: digest("held out", row.image)
-    )
-    held_out = pictures[: min(config.probe_samples, len(pictures) // 10)]
-    hidden = {row.image for row in held_out}
-    train = [row for row in good if row.image not in hidden]
-    cases = [row._replace(image=None) for row in found if isinstance(row, Row) and row.id < 0] or held_out[:4]
-    scaling = json.loads((base / "vae" / "config.json").read_text())["scaling_factor"]
-    return Encoded(folder, sizes[0], train, held_out, cases, keys["caption"](""), scaling)
+    good = [row for row in found if isinstance(row, Row)]
+    cases = [row._replace(image=None) for row in good if row.id < 0]
+    train, held_out = hold_out([row for row in good if row.id >= 0], config.probe_samples)
+    return Encoded(folder, sizes[0], train, held_out, cases or held_out[:4], digest(of_captions, ""))
 
 
 # === sample stream ==========================================================================================
@@ -655,17 +562,9 @@ def permutation(seed, epoch, rows):
     return torch.randperm(rows, generator=generator(seed, "order", epoch))
 
 
-class Stream:
-    """The samples of a run. stream[n] is micro-batch n of this rank: accumulation n % A of step n // A, where
-    A is gradient_accumulation_steps. The samples of a step are sorted by caption length before they are cut
-    into micro-batches, so that the number of ranks does not matter and little is padded."""
-
-    def __init__(self, config, encoded, rank, world):
-        self.config = config
-        self.encoded = encoded
-        self.rank = rank
-        self.world = world
-        self.mu = shift_mu((config.resolution // PIXELS_PER_TOKEN) ** 2)
+class Stream(namedtuple("Stream", "config encoded rank world")):
+    """The samples of a run. Those of a step are sorted by caption length, then cut into micro-batches: so the
+    number of ranks does not matter, and little is padded."""
 
     def row(self, k):
         """(Row, key of its caption) of sample k: every row once an epoch; some lose their caption."""
@@ -677,10 +576,10 @@ class Stream:
 
     def timestep(self, k):
         """Timestep of sample k, (1,). An additive sequence spreads neighbours evenly over a random start."""
-        start = int(digest(self.config.seed, "timestep"), 16)
-        u = torch.tensor([(((start + k * GOLDEN_RATIO) % 2**64 >> 11) + 0.5) / 2**53], dtype=torch.float64)
         config = self.config
-        return timestep_of(u, config.weighting_scheme, config.logit_mean, config.logit_std, config.mode_scale)
+        start = int(digest(config.seed, "timestep"), 16)
+        u = torch.tensor([(((start + k * GOLDEN_RATIO) % 2**64 >> 11) + 0.5) / 2**53], dtype=torch.float64)
+        return timestep_of(u, config.weighting_scheme, config.logit_mean, config.logit_std)
 
     def order(self, step):
         """The k of a step, by the length of their captions."""
@@ -697,39 +596,30 @@ class Stream:
         sample["control"] = self.encoded.latents(row.control, control_eps)
         return sample | {"prompt_embeds": self.encoded.entry(caption)}
 
-    def __getitem__(self, n):
+    def micro_batch(self, device, n):
+        """Micro-batch n of this rank on `device`."""
         step, turn = divmod(n, self.config.gradient_accumulation_steps)
         size = self.config.train_batch_size
         first = (turn * self.world + self.rank) * size
         positions = self.order(step)[first : first + size]
-        return collate([self.sample(*self.row(k), self.timestep(k), "noise", k) for k in positions], self.mu)
+        return collate([self.sample(*self.row(k), self.timestep(k), "noise", k) for k in positions], device)
 
 
-def collate(samples, mu):
-    """Samples -> micro-batch: prompt_embeds padded on the right, mask (B, T) or None if nothing is padded."""
+def collate(samples, device):
+    """Samples -> micro-batch on `device`; prompt_embeds padded on the right, where mask (B, T) is False."""
     batch = {name: torch.stack([s[name] for s in samples]) for name in ("latents", "control", "noise")}
     batch["timestep"] = torch.cat([s["timestep"] for s in samples])
-    batch["sigma"] = shifted_sigma(batch["timestep"], mu)
+    image_tokens = batch["noise"][0, 0].numel() * PIXELS_PER_LATENT**2 // PIXELS_PER_TOKEN**2
+    batch["sigma"] = shifted_sigma(batch["timestep"], image_tokens)
     embeds = [s["prompt_embeds"] for s in samples]
     batch["prompt_embeds"] = torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True)
     lengths = torch.tensor([len(embed) for embed in embeds])
-    own = torch.arange(lengths.max()) < lengths[:, None]
-    return batch | {"mask": None if own.all() else own}
-
-
-def to_device(batch, device):
-    """A micro-batch on `device`; from pinned memory the copy is not waited for."""
-    if device.type == "cuda":
+    if lengths.min() < lengths.max():
+        batch["mask"] = torch.arange(lengths.max()) < lengths[:, None]
+    if device.type == "cuda":  # from pinned memory the copy is not waited for
         torch.cuda.set_device(device)  # of this thread: else pinning would open a context on the first card
-        batch = {name: value if value is None else value.pin_memory() for name, value in batch.items()}
-    return {k: v if v is None else v.to(device, non_blocking=True) for k, v in batch.items()}
-
-
-def micro_batches(stream, start, stop, device):
-    """The micro-batches of steps start ... stop - 1 on `device`, in order; threads prepare them ahead."""
-    accumulation = stream.config.gradient_accumulation_steps
-    numbers = range(start * accumulation, stop * accumulation)
-    return prefetch(lambda n: to_device(stream[n], device), numbers, stream.config.dataloader_num_workers)
+        batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+    return {"mask": None} | {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 # === evaluation =============================================================================================
@@ -737,9 +627,9 @@ def micro_batches(stream, start, stop, device):
 def euler_sample(model, shared, noise, control, prompt_embeds, empty_embeds, steps, guidance):
     """Noise (1, 16, h, w) -> latents in the pipeline's steps; guidance > 1 mixes in the empty prompt."""
     x = noise
-    timesteps = inference_timesteps(steps)
-    mu = shift_mu(len(shared["image_rotary_emb"][0]))
-    sigmas = shifted_sigma(torch.cat([timesteps, torch.zeros(1)]), mu).tolist()
+    timesteps = torch.linspace(TIMESTEPS, 1, steps, dtype=torch.float64).long().float()  # the pipeline's
+    image_tokens = len(shared["image_rotary_emb"][0])
+    sigmas = shifted_sigma(torch.cat([timesteps, torch.zeros(1)]), image_tokens).tolist()
     for t, sigma, next_sigma in zip(timesteps.to(x.device), sigmas, sigmas[1:]):
         v = predict(model, shared, x, control, prompt_embeds, None, t.expand(len(x)))
         if guidance > 1:
@@ -768,12 +658,12 @@ def probe(model, shared, stream):
         n, t, swapped = job
         control = samples[(n + swapped) % len(rows)]["control"]
         sample = samples[n] | {"control": control, "timestep": torch.tensor([float(t)])}
-        batch = to_device(collate([sample], stream.mu), shared["original_size"].device)
-        return batch_loss(model, shared, batch, "none").item()
+        batch = collate([sample], shared["original_size"].device)
+        return batch_loss(model, shared, batch).item()
 
-    jobs = [(n, t, swapped) for swapped in (0, 1) for t in PROBE_TIMESTEPS for n in range(len(rows))]
+    jobs = [(n, t, swapped) for swapped in (0, 1) for t in range(100, 901, 100) for n in range(len(rows))]
     losses = spread(jobs, loss, "probing")
-    own, other = np.reshape([losses[job] for job in jobs], (2, -1)).mean(axis=1).tolist()
+    own, other = torch.tensor([losses[job] for job in jobs]).double().view(2, -1).mean(1).tolist()
     return {"probe_loss": own, "probe_loss_swapped": other, "control_gain": other / own - 1}
 
 
@@ -784,45 +674,41 @@ def validate(model, shared, stream, base, step):
     encoded = stream.encoded
     device = shared["original_size"].device
     side = config.resolution // PIXELS_PER_LATENT
-    drawn = range(config.num_validation_images)
-
-    def generate(job):
-        case = encoded.cases[job[0]]
-        noise = torch.randn(LATENT_CHANNELS, side, side, generator=generator(config.seed, "validation", *job))
-        texts = (encoded.entry(case.caption), encoded.entry(encoded.empty))
-        inputs = [tensor[None].to(device) for tensor in (noise, encoded.latents(case.control), *texts)]
-        drawn = euler_sample(model, shared, *inputs, config.num_inference_steps, config.guidance_scale)
-        return drawn[0].cpu()
-
-    generated = spread([(n, m) for n in range(len(encoded.cases)) for m in drawn], generate, "drawing")
-    if not generated:
+    if not encoded.cases or not config.num_validation_images:
         return None
+
+    def draw(n):
+        case = encoded.cases[n]
+        control = encoded.latents(case.control)
+        texts = (encoded.entry(case.caption), encoded.entry(encoded.empty))
+        row = [control]
+        for m in range(config.num_validation_images):
+            random = generator(config.seed, "validation", n, m)
+            noise = torch.randn(LATENT_CHANNELS, side, side, generator=random)
+            inputs = [tensor[None].to(device) for tensor in (noise, control, *texts)]
+            options = (config.num_inference_steps, config.guidance_scale)
+            row.append(euler_sample(model, shared, *inputs, *options)[0].cpu())
+        return row + ([encoded.latents(case.image)] if case.image else [])
+
+    rows = spread(range(len(encoded.cases)), draw, "drawing")
     picture = f"validation/step-{step}.png"
     with fail_together():
         if RANK == 0:
             vae = load_encoders(base, device, text_encoder=None, tokenizer=None).vae
-            cell = max(160, config.resolution)
-            columns = 1 + len(drawn) + (encoded.cases[0].image is not None)
-            grid = Image.new("RGB", (cell * columns, (cell + 16) * len(encoded.cases)), "white")
-            for n, case in enumerate(encoded.cases):
-                title = " ".join(case.text.split())[: grid.width // 6]
-                ImageDraw.Draw(grid).text((4, n * (cell + 16) + 2), title, "black")
-                target = [encoded.latents(case.image)] if case.image else []
-                row = [encoded.latents(case.control), *(generated[n, m] for m in drawn), *target]
-                for column, latents in enumerate(row):
-                    latents = (latents[None] / encoded.scaling).to(device, torch.bfloat16)
-                    image = VaeImageProcessor().postprocess(vae.decode(latents).sample.cpu())[0]
-                    image = image.resize((cell, cell), Image.Resampling.NEAREST)
-                    grid.paste(image, (column * cell, n * (cell + 16) + 16))
-            write_aside(Path(config.output_dir, picture), lambda path: grid.save(path, "PNG"))
+            bands = []
+            for n in range(len(encoded.cases)):
+                cells = [vae.decode(latents[None].to(device, vae.dtype)).sample.cpu() for latents in rows[n]]
+                bands.append(torch.cat(cells, dim=3))
+            image = VaeImageProcessor().postprocess(torch.cat(bands, dim=2))[0]
+            write_aside(Path(config.output_dir, picture), lambda path: image.save(path, "PNG"))
     return picture
 
 
 # === engine and checkpoints =================================================================================
 # What continues a run is kept by parameter, not by rank: any number of ranks continues from it.
-ENGINE_CHOICES = {"stage": (1, 2), "device": ("auto", "cpu", "none"), "grad_accum_dtype": ("fp32", "bf16")}
-ENGINE_CHOICES["communication_data_type"] = ("fp32", "bf16")
-STATE = {"master": None, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}  # entry -> what DeepSpeed calls it
+ENGINE_CHOICES = {"stage": (1, 2), "device": ("auto", "cpu", "none")}
+ENGINE_CHOICES |= dict.fromkeys(("grad_accum_dtype", "communication_data_type"), ("fp32", "bf16"))
+STATE = {"fp32": None, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}  # entry -> what DeepSpeed calls it
 
 
 def merged(shipped, given, file, path=""):
@@ -843,22 +729,20 @@ def merged(shipped, given, file, path=""):
 
 
 def engine_settings(config):
-    """ds_config.json, its "auto" replaced by what the flags say -> dict for deepspeed.initialize. The shipped
-    file has all keys that are known to train right; others, and contradictions, are refused."""
+    """ds_config.json, its "auto" replaced by what the flags say; only keys of the shipped file are taken."""
     shipped = Path(__file__).with_name("ds_config.json")
     file = Path(config.deepspeed_config or shipped)
     with explained(f"--deepspeed_config {file}: a JSON object is expected"):
         given = dict(json.loads(file.read_text()))
     settings = merged(json.loads(shipped.read_text()), given, file.name)
-    for name, owner, value in (
-        ("train_micro_batch_size_per_gpu", "train_batch_size", config.train_batch_size),
-        ("gradient_accumulation_steps", "gradient_accumulation_steps", config.gradient_accumulation_steps),
-        ("train_batch_size", "total_batch_size", config.total_batch_size),
-        ("gradient_clipping", "max_grad_norm", config.max_grad_norm),
-        ("bf16.enabled", "mixed_precision", config.mixed_precision == "bf16"),
+    for section, key, owner, value in (
+        (settings, "train_micro_batch_size_per_gpu", "train_batch_size", config.train_batch_size),
+        (settings, "gradient_accumulation_steps", "total_batch_size", config.gradient_accumulation_steps),
+        (settings, "train_batch_size", "total_batch_size", config.total_batch_size),
+        (settings, "gradient_clipping", "max_grad_norm", config.max_grad_norm),
+        (settings["bf16"], "enabled", "mixed_precision", config.mixed_precision == "bf16"),
     ):
-        section, key = (settings["bf16"], "enabled") if name == "bf16.enabled" else (settings, name)
-        says = f"{file.name} says {name} = {json.dumps(section[key])}, --{owner} makes it {json.dumps(value)}"
+        says = f"{file.name} says {key} = {json.dumps(section[key])}, --{owner} makes it {json.dumps(value)}"
         require(section[key] in ("auto", value), f'{says}: write "auto" in the file')
         section[key] = value
     settings["bf16"]["check_grad_overflow"] = True  # else one NaN would end in the weights
@@ -879,66 +763,55 @@ def start_ranks(minutes):
     groups = deepspeed.utils.groups  # of the engine, which would wait for 10 minutes
     groups._WORLD_GROUP = groups._WORLD_GROUP or dist.new_group(timeout=timeout)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, request_stop)
+        signal.signal(number, lambda number, frame: stop_requests.append(number))
     return torch.device(accelerator.current_device_name())
 
 
-def start_engine(config, settings, model, adam_steps=0):
-    """deepspeed.initialize with AdamW after adam_steps steps, its state made at once: so it can be loaded."""
-    parameters = list(model.parameters())
+def start_engine(config, settings, model, found=None, adam_steps=0):
+    """deepspeed.initialize with AdamW after adam_steps steps, in the state of checkpoint `found`."""
     offloaded = settings["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    adam = deepspeed.ops.adam.DeepSpeedCPUAdam if offloaded else torch.optim.AdamW
     options = {"lr": 0.0, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
-    options["weight_decay"] = config.adam_weight_decay
-    if offloaded:
-        optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, **options)
-    else:
-        optimizer = torch.optim.AdamW(parameters, fused=True, **options)
-    engine, *_ = deepspeed.initialize(None, model, optimizer, parameters, config=settings)
+    options |= {"weight_decay": config.adam_weight_decay} | ({} if offloaded else {"fused": True})
+    optimizer = adam(model.parameters(), **options)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     for group in optimizer.param_groups:  # they now hold this rank's part of the fp32 weights
         for part in group["params"]:
             step = adam_steps if offloaded else torch.tensor(float(adam_steps), device=part.device)
             moments = {name: torch.zeros_like(part) for name in ("exp_avg", "exp_avg_sq")}
             optimizer.state[part] = {"step": step} | moments
     engine.optimizer._lazy_init_hp_params_optimizer_state()  # else in the first step, after loading
+    for name, parameter in model.named_parameters() if found else ():
+        for entry, tensor in load_file(found / "state" / f"{name}.safetensors").items():
+            safe_set_full_optimizer_state(parameter, tensor, STATE[entry])  # each rank takes its part
     return engine
 
 
 def learning_rate(config, steps):
-    """Learning rate as a function of the step, by diffusers' schedules: it needs no state. Raises Failure."""
+    """Learning rate as a function of the step, by diffusers' schedules: it needs no state."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
-    options = (config.lr_warmup_steps, steps, config.lr_num_cycles, config.lr_power)
-    with explained(f"--lr_scheduler {config.lr_scheduler}"):
-        schedule = diffusers.optimization.get_scheduler(config.lr_scheduler, optimizer, None, *options)
+    options = (config.lr_scheduler, optimizer, None, config.lr_warmup_steps, steps)
+    schedule = diffusers.optimization.get_scheduler(*options)
     return lambda step: config.learning_rate * schedule.lr_lambdas[0](step)
-
-
-def load_state(engine, folder):
-    """Loads what save_checkpoint wrote; each rank takes its part of every tensor."""
-    for name, parameter in engine.module.named_parameters():
-        for entry, key in STATE.items():
-            tensor = load_file(folder / f"{entry}.{name}.safetensors")["entry"]
-            safe_set_full_optimizer_state(parameter, tensor, key)
 
 
 def save_checkpoint(engine, config, step, manifest):
     """Writes checkpoint-<step> aside, the manifest last, and renames it; then the oldest ones are deleted."""
     folder = Path(config.output_dir)
     aside = folder / f".checkpoint-{step}.tmp"
-    parameters = dict(engine.module.named_parameters())
-    masters = {}  # fp32 weights to export
-    names = sorted(parameters, key=lambda name: parameters[name].numel())  # so that all ranks write as much
+    weights = dict(engine.module.named_parameters())
+    names = sorted(weights, key=lambda name: weights[name].numel())  # so that all ranks write as much
     for number, name in enumerate(progress(names, "saving", leave=False)):
-        for entry, key in STATE.items():
-            tensor = safe_get_full_optimizer_state(parameters[name], key)  # collective
-            if config.upcast_before_saving and entry == "master" and RANK == 0:
-                masters[name] = tensor.cpu()
-            with fail_together():
-                if number % WORLD == RANK:
-                    write = functools.partial(save_file, {"entry": tensor.cpu()})
-                    write_aside(aside / "state" / f"{entry}.{name}.safetensors", write)
+        state = {entry: safe_get_full_optimizer_state(weights[name], STATE[entry]) for entry in STATE}
+        with fail_together():
+            if number % WORLD == RANK:
+                write = functools.partial(save_file, {entry: state[entry].cpu() for entry in STATE})
+                write_aside(aside / "state" / f"{name}.safetensors", write)
     with fail_together():
         if RANK == 0:
-            weights = masters or {name: parameter.detach().cpu() for name, parameter in parameters.items()}
+            if config.upcast_before_saving:
+                weights = {name: load_file(aside / "state" / f"{name}.safetensors")["fp32"] for name in names}
+            weights = {name: weight.detach().cpu() for name, weight in weights.items()}
             write = functools.partial(save_file, weights, metadata={"format": "pt"})
             write_aside(aside / "transformer" / "diffusion_pytorch_model.safetensors", write)
             engine.module.save_config(aside / "transformer")
@@ -959,12 +832,8 @@ def checkpoints(folder):
 
 
 def find_checkpoint(config):
-    """(newest checkpoint whose files have the listed sizes and readable headers, its manifest), or (None,
-    {})."""
+    """(newest checkpoint whose files have their sizes and readable headers, its manifest), or (None, {})."""
     present = list(checkpoints(config.output_dir).values())
-    newest = present[-1].name if present else "none"
-    fits = Path(config.resume_from_checkpoint).name in ("latest", newest)
-    require(fits, f"--resume_from_checkpoint {config.resume_from_checkpoint}: the newest is {newest}")
     for folder in reversed(present):
         try:
             manifest = json.loads((folder / "manifest.json").read_text())
@@ -984,53 +853,54 @@ def check_same_run(manifest, identity):
     """Refuses to continue where the samples or the layout of the state would change. Raises Failure."""
     for name, now in identity.items():
         saved = manifest.get("identity", {}).get(name, now)
-        way = f"give --{name} {saved}" if name in IDENTITY else "restore the data"
-        require(saved == now, f"{name} was {saved} and is {now}: {way}, or start in another --output_dir")
+        require(saved == now, f"{name} was {saved} and is {now}: restore it, or take another --output_dir")
 
 
 # === the loop ===============================================================================================
 class Log:
-    """metrics.jsonl, trackers and progress bar of rank 0."""
+    """metrics.jsonl, tracker and progress bar of rank 0."""
 
     def __init__(self, config, start, steps):
-        self.file = Path(config.output_dir, "metrics.jsonl")
+        self.folder = Path(config.output_dir)
         self.bar = progress(None, "training", total=steps, initial=start)
-        project = config.tracker_project_name
-        folder = str(self.file.with_name(config.logging_dir))
-        sections = {"wandb": {"project": project}}
-        sections["tensorboard"] = {"output_path": folder, "job_name": project}
-        self.trackers = {name: sections[name] for name in sections if config.report_to in (name, "all")}
+        self.report_to = config.report_to if RANK == 0 else "none"
+        self.tracker = None
         if RANK == 0:  # rows past `start`, of an interrupted run, are dropped
-            lines = self.file.read_text().splitlines() if start and self.file.exists() else []
+            file = self.folder / "metrics.jsonl"
+            lines = file.read_text().splitlines() if start and file.exists() else []
             kept = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
-            write_aside(self.file, lambda path: path.write_text("".join(kept)))
+            write_aside(file, lambda path: path.write_text("".join(kept)))
 
     def write(self, kind, step, figures, picture=None):
         """Writes a row of figures, kind "train" or "probe", and shows its numbers. Raises Failure."""
         with fail_together():
             if RANK == 0:
-                with open(self.file, "a") as file:
+                with open(self.folder / "metrics.jsonl", "a") as file:
                     file.write(json.dumps({"step": step} | figures) + "\n")
         numbers = {name: value for name, value in figures.items() if isinstance(value, (int, float))}
-        shown = {name: f"{numbers[name]:.3g}" for name in ("loss", "control_gain") if name in numbers}
+        shown = {name: numbers[name] for name in ("loss", "control_gain") if name in numbers}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(step - self.bar.n)
-        events = [(f"{kind}/{name}", value, step) for name, value in numbers.items()]
-        for name in list(self.trackers) if RANK == 0 else ():
-            try:
-                if isinstance(self.trackers[name], dict):
-                    section = get_monitor_config({name: self.trackers[name] | {"enabled": True}})
-                    self.trackers[name] = MonitorMaster(section)
-                self.trackers[name].write_events(events)
-                image = np.asarray(Image.open(self.file.parent / picture)) if picture else None
-                if picture and name == "wandb":
-                    sys.modules["wandb"].log({"validation": sys.modules["wandb"].Image(image)}, step)
-                elif picture:
-                    writer = self.trackers[name].tb_monitor.summary_writer
-                    writer.add_image("validation", image, step, dataformats="HWC")
-            except Exception as error:  # no network, disk or login: each library has errors of its own
-                log0(f"--report_to {name}: {error}; the run continues without this tracker")
-                del self.trackers[name]
+        if self.report_to == "none":
+            return
+        try:
+            if self.tracker is None:
+                if self.report_to != "tensorboard":  # wandb reads along
+                    import wandb
+
+                    wandb.init(sync_tensorboard=True)
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.tracker = SummaryWriter(self.folder / "logs")
+            for name, value in numbers.items():
+                self.tracker.add_scalar(f"{kind}/{name}", value, step)
+            if picture:
+                image = VaeImageProcessor.pil_to_numpy(Image.open(self.folder / picture))
+                self.tracker.add_images("validation", image, step, dataformats="NHWC")
+            self.tracker.flush()
+        except Exception as error:  # no network, disk or login: each library has errors of its own
+            log0(f"--report_to {self.report_to}: {error}; the run continues without this tracker")
+            self.report_to = "none"
 
 
 def train_step(engine, shared, batches, config, rate):
@@ -1039,7 +909,7 @@ def train_step(engine, shared, batches, config, rate):
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
     for _ in range(config.gradient_accumulation_steps):
-        loss = batch_loss(engine, shared, next(batches), config.weighting_scheme)
+        loss = batch_loss(engine, shared, next(batches))
         engine.backward(loss)
         engine.step()  # acts after the last micro-batch, and only where all gradients are finite
         losses.append(loss.detach())
@@ -1067,7 +937,10 @@ def train(engine, stream, shared, base, identity, start, steps, skipped):
 
     if start == 0:
         evaluate(0)
-    with contextlib.closing(micro_batches(stream, start, steps, shared["original_size"].device)) as batches:
+    accumulation = config.gradient_accumulation_steps
+    numbers = range(start * accumulation, steps * accumulation)
+    load = functools.partial(stream.micro_batch, shared["original_size"].device)
+    with contextlib.closing(prefetch(load, numbers, config.dataloader_num_workers)) as batches:
         for step in range(start + 1, steps + 1):
             watch()
             clock = time.perf_counter()
@@ -1113,134 +986,96 @@ def cards_of(config):
     return Cards(WORLD, device.name, device.total_memory, max(flops, default=0))
 
 
-def memory_of_step(config, zero, model, cards, tokens, offload):
-    """{part: bytes} of a card at the peak of a step, in a backward pass; "host": of host memory a rank."""
+def memory_of_step(config, zero, model, cards, tokens):
+    """{part: bytes} of a card at the peak of a step, in a backward pass."""
     size = 2 if config.mixed_precision == "bf16" else 4
     weights = model.num_parameters()
     width = model.config.num_attention_heads * model.config.attention_head_dim
     sequence = (config.resolution // PIXELS_PER_TOKEN) ** 2 + tokens
+    offloaded = zero["offload_optimizer"]["device"] == "cpu"
     # Tensors of (B, S, D): a block keeps 1 if it is recomputed, else 22. The block in its backward pass has
     # 22, and 4 for the gradient of gelu; three gradients of its weights, 4 D x D each, wait to be summed.
     kept = (len(model.transformer_blocks) - 1) * (1 if config.gradient_checkpointing else 22) + 22 + 4
-    shards = cards.number if zero["stage"] == 2 else 1
     return {
         "weights": size * weights,
-        "gradients": 4 * weights / shards + zero["reduce_bucket_size"] * (2 * size + 4),
-        "optimizer": 0 if offload else 12 * weights / cards.number,  # fp32 weights and Adam's moments
+        "gradients": 4 * weights / (cards.number if zero["stage"] == 2 else 1),
+        "buckets": zero["reduce_bucket_size"] * (2 * size + 4),
+        "optimizer": 0 if offloaded else 12 * weights / cards.number,  # fp32 weights and Adam's moments
         "activations": size * (kept * config.train_batch_size * sequence * width + 12 * width**2),
-        "host": 18 * weights / cards.number if offload else 0,  # fp32 gradients and bf16 weights, too
     }
 
 
 def fit_engine(config, settings, model, cards, tokens):
-    """Decides what ds_config.json leaves open -> memory_of_step. A bucket holds at least the largest weight:
-    DeepSpeed 0.19.8 may free a larger gradient before it has been sent (reduce_ipg_grads)."""
+    """Decides what ds_config.json leaves open -> memory_of_step."""
     zero = settings["zero_optimization"]
-    offload = zero["offload_optimizer"]
-    largest = max(parameter.numel() for parameter in model.parameters())
     asked = zero["reduce_bucket_size"]
     asked = min(model.num_parameters(), 50_000_000) if asked == "auto" else asked  # small models: one bucket
-    zero["reduce_bucket_size"] = max(asked, largest)
-    if offload["device"] == "auto":
-        memory = memory_of_step(config, zero, model, cards, tokens, False)
-        offload["device"] = "none" if sum(memory.values()) <= USABLE_MEMORY * cards.memory else "cpu"
-    return memory_of_step(config, zero, model, cards, tokens, offload["device"] == "cpu")
+    # DeepSpeed 0.19.8 may free a gradient larger than a bucket before it has been sent (reduce_ipg_grads).
+    zero["reduce_bucket_size"] = max(asked, *(parameter.numel() for parameter in model.parameters()))
+    memory = memory_of_step(config, zero, model, cards, tokens)
+    if zero["offload_optimizer"]["device"] == "auto":
+        fits = sum(memory.values()) <= USABLE_MEMORY * cards.memory
+        zero["offload_optimizer"]["device"] = "none" if fits else "cpu"
+    return memory_of_step(config, zero, model, cards, tokens)
 
 
-def check_memory(memory, cards):
-    """Checks that a step fits on the cards, and offloaded state into this host's memory. Raises Failure."""
-    needed = sum(memory.values()) - memory["host"]
-    room = USABLE_MEMORY * cards.memory
-    require(needed <= room, f"a step takes {needed / 1e9:.0f} GB a card, {room / 1e9:.0f} can be used")
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", 1))  # torchrun, deepspeed
-    host = f"the optimizer on the host takes {here * memory['host'] / 1e9:.0f} GB"
-    require(here * memory["host"] <= psutil.virtual_memory().available, f"{host}, more than is free")
-    require(not memory["host"] or shutil.which("g++"), f"{host}, and DeepSpeed needs g++ for it")
-
-
-def print_plan(config, rows, steps, start, model, cards, memory, tokens):
-    """Prints what a run takes, by arithmetic; tokens: mean and longest of captions."""
-    total = config.total_batch_size
+def print_plan(config, settings, rows, steps, start, model, cards, memory, tokens):
+    """Prints what a run takes, by arithmetic, with captions of so many tokens."""
+    weights = model.num_parameters()
     width = model.config.num_attention_heads * model.config.attention_head_dim
-    sequence = (config.resolution // PIXELS_PER_TOKEN) ** 2 + tokens[0]
+    sequence = (config.resolution // PIXELS_PER_TOKEN) ** 2 + tokens
     flops = 12 * len(model.transformer_blocks) * width * sequence * (6 * width + sequence)  # a sample
-    passes = 1 if config.gradient_checkpointing else 0.75  # UTILISATION was measured with recomputation
-    seconds = passes * total * flops / (cards.number * cards.flops * UTILISATION) if cards.flops else math.nan
-    kept = min(config.checkpoints_total_limit or math.inf, math.ceil(steps / config.checkpointing_steps)) + 1
-    saved = (
-        16 if config.upcast_before_saving or config.mixed_precision == "no" else 14
-    ) * model.num_parameters()
-    moments = 8 * rows * LATENT_CHANNELS * (config.resolution // PIXELS_PER_LATENT) ** 2 / 1e9
-    room = f" of {cards.memory / 1e9:.0f}" if cards.memory < math.inf else ""
-    card = f"{(sum(memory.values()) - memory['host']) / 1e9:.1f}{room} GB a card"
+    total = config.total_batch_size
+    saved = weights * (16 if config.upcast_before_saving or config.mixed_precision == "no" else 14)
+    moments = 8 * rows * LATENT_CHANNELS * (config.resolution // PIXELS_PER_LATENT) ** 2
     parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in memory.items())
-    hours = seconds * (steps - start) / 3600
-    duration = f"{seconds:.1f} s a step, {hours:.1f} hours, at {UTILISATION:.0%} of the cards' peak"
-    plan = f"""
-rows    {rows}, captions of {tokens[0]:.0f} tokens on average, the longest {tokens[1]}
+    if settings["zero_optimization"]["offload_optimizer"]["device"] == "cpu":
+        parts += f"; of the hosts {18 * weights / 1e9:.0f} GB in all"  # fp32 gradients and bf16 weights, too
+    print(f"""\
+rows    {rows}, captions of up to {tokens} tokens
 steps   {steps} of {total} samples, {steps * total / rows:.1f} epochs; {start} are done
-memory  {card} ({cards.number} x {cards.name}): {parts}
-disk    {kept * saved / 1e9:.1f} GB of checkpoints, {moments:.1f} GB of encoded pictures
-encode  {2 * rows} pictures and {rows + 1} captions, less what {config.encoded_dir} holds
-time    {duration if cards.flops else "not known for this device"}"""
-    print(plan.strip(), flush=True)
+memory  {sum(memory.values()) / 1e9:.1f} of {cards.memory / 1e9:.0f} GB on each {cards.name}: {parts}
+disk    {saved / 1e9:.1f} GB a checkpoint, {moments / 1e9:.1f} GB of encoded pictures
+encode  {2 * rows} pictures and {rows + 1} captions, less what {config.encoded_dir} holds""")
+    if cards.flops:
+        seconds = total * flops / (cards.number * cards.flops * UTILISATION)
+        hours = seconds * (steps - start) / 3600
+        print(f"time    {seconds:.1f} s a step, {hours:.1f} hours, at {UTILISATION:.0%} of the cards' peak")
 
 
-def caption_tokens(config, base, rows):
-    """(mean, longest) of the first thousand captions in tokens, padded as the pipeline pads them."""
-    texts = []
-    for id in range(min(len(rows), 1000)):
-        with contextlib.suppress(ValueError):
-            texts.append(caption_of(config, rows[id]))
+def longest_caption(config, base, rows):
+    """Tokens of the longest of the first thousand captions, padded as the pipeline pads it."""
+    captions = [rows[id].get(config.caption_column) for id in range(min(len(rows), 1000))]
+    texts = [caption for caption in captions if isinstance(caption, str)]
     ids = transformers.AutoTokenizer.from_pretrained(base / "tokenizer")(texts or [""])["input_ids"]
-    lengths = [16 * math.ceil(min(len(one), config.max_sequence_length) / 16) for one in ids]
-    return sum(lengths) / len(lengths), max(lengths)
+    return 16 * math.ceil(min(max(map(len, ids)), config.max_sequence_length) / 16)
 
 
 # === main ===================================================================================================
 def find_base(config, weights):
-    """(name of the base, its folder, folder of the transformer), from the hub if it is not a folder; of a
-    checkpoint made here the base that it came from, and its transformer."""
+    """Folder of the base, downloaded if it is not a folder: with its weights or without. Raises Failure."""
     name = config.pretrained_model_name_or_path
     patterns = ["*.json", "*.txt", "*.model"] + ["*.safetensors"] * weights
-    where = {"revision": config.revision, "cache_dir": config.cache_dir, "allow_patterns": patterns}
-    expected = {"base_shift": BASE_SHIFT, "max_shift": MAX_SHIFT, "base_image_seq_len": BASE_TOKENS,
-                "use_dynamic_shifting": True, "time_shift_type": "linear", "num_train_timesteps": TIMESTEPS,
-                "patch_size": 2, "latent_channels": LATENT_CHANNELS, "out_channels": 16}  # fmt: skip
     with explained(f"--pretrained_model_name_or_path {name}"):
-        manifest = Path(name, "manifest.json")
-        transformer = manifest.with_name("transformer") if manifest.exists() else None
-        name = json.loads(manifest.read_text())["identity"]["base"] if transformer else name
+        where = {"revision": config.revision, "allow_patterns": patterns}
         base = Path(name) if Path(name).is_dir() else Path(huggingface_hub.snapshot_download(name, **where))
-        transformer = transformer or base / "transformer"
-        scheduler = base / "scheduler" / "scheduler_config.json"
-        files = (scheduler, base / "vae" / "config.json", transformer / "config.json")
-        found = {key: value for file in files for key, value in json.loads(file.read_text()).items()}
-        other = {key: found.get(key) for key in expected if found.get(key) != expected[key]}
-        parts = (base / "text_encoder", base / "vae", transformer) if weights else ()
-        if other or not all(any(part.glob("*.safetensors")) for part in parts):
-            raise ValueError(f"not CogView4: {other}" if other else "it has no safetensors")
-    return str(base.absolute()) if Path(name).is_dir() else name, base, transformer
+        kind = json.loads((base / "model_index.json").read_text())["_class_name"]
+        parts = [base / part for part in ("text_encoder", "vae", "transformer") if weights]
+        if not kind.startswith("CogView4") or not all(any(part.glob("*.safetensors")) for part in parts):
+            raise ValueError("must hold text encoder, VAE and transformer of CogView4 as safetensors")
+    return base
 
 
-def push(config, repository, base, steps):
+def push(config, repository, steps):
     """Uploads weights, figures, the last picture and a model card. Raises Failure."""
     folder = Path(config.output_dir)
     picture = f"validation/step-{steps}.png"
-    data = config.jsonl_for_train or config.dataset_name
     (folder / "README.md").write_text(f"""---
 library_name: diffusers
-tags: [cogview4, control, text-to-image]
 ---
-{base} as a control model, control "{config.control}": {steps} steps of {config.total_batch_size} samples of
-{data} at {config.resolution} px.
-
-![control, generated, target]({picture})
-
-```python
-transformer = CogView4Transformer2DModel.from_pretrained("{repository}", torch_dtype=torch.bfloat16)
-pipe = CogView4ControlPipeline.from_pretrained("{base}", transformer=transformer, torch_dtype=torch.bfloat16)
-```
+{config.pretrained_model_name_or_path} as a control model, control "{config.control}", for diffusers'
+`CogView4ControlPipeline`: {steps} steps of {config.total_batch_size} samples of
+{config.jsonl_for_train or config.dataset_name} at {config.resolution} px. ![pictures]({picture})
 """)
     files = ["README.md", "config.json", "diffusion_pytorch_model.safetensors", "metrics.jsonl", picture]
     by_hand = f"hf upload {repository} '{folder}' . " + " ".join(f"--include={file}" for file in files)
@@ -1248,15 +1083,18 @@ pipe = CogView4ControlPipeline.from_pretrained("{base}", transformer=transformer
         huggingface_hub.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=files)
 
 
-def fine_tune(config, settings, cards, base, transformer, rows, found, manifest, identity):
+def count_steps(config, rows):
+    """Optimizer steps of a run. Raises Failure where the rows do not fill one global batch."""
+    require(rows >= config.total_batch_size, f"{rows} rows do not fill a batch of {config.total_batch_size}")
+    return config.max_train_steps or math.ceil(config.num_train_epochs * rows / config.total_batch_size)
+
+
+def fine_tune(config, settings, cards, base, rows, found, manifest, identity):
     """Encodes the rows, trains, and puts the weights into output_dir -> optimizer steps. Raises Failure."""
     folder = Path(config.output_dir)
     device = start_ranks(1.5 * config.timeout_minutes)  # the watch of train() is faster
     same_folder = all(all_gather_objects((folder / ".lock").exists()))  # rank 0 has made it
     require(same_folder, f"--output_dir {folder}: all machines must share it")
-    with fail_together():
-        for left in folder.glob(".checkpoint-*.tmp") if RANK == 0 else ():
-            shutil.rmtree(left)
     found, manifest = all_gather_objects((found, manifest))[0]
     encoded = encode(config, base, rows, device)
     identity |= {"rows": digest(*(part for row in encoded.train for part in row))}
@@ -1265,23 +1103,20 @@ def fine_tune(config, settings, cards, base, transformer, rows, found, manifest,
     skipped = manifest.get("skipped", 0)
     steps = count_steps(config, len(encoded.train))
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-    model = load_transformer(found / "transformer" if found else transformer, dtype, device)
+    model = load_transformer((found or base) / "transformer", dtype, device)
     if config.gradient_checkpointing:
-        model.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=False))
+        model.enable_gradient_checkpointing()
     for block in model.transformer_blocks if config.compile else ():
         block.compile()
     shared = prepare(model, config.resolution, device, dtype)
-    engine = start_engine(config, settings, model, start - skipped)
-    if found:
-        load_state(engine, found / "state")
+    engine = start_engine(config, settings, model, found, start - skipped)
     with fail_together():
         if RANK == 0:
-            git = f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null"
+            commit = os.popen(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null").read().strip()
             packages = (torch, deepspeed, diffusers, transformers)
-            versions = {package.__name__: package.__version__ for package in packages}
-            run = {"command": sys.argv, "commit": subprocess.getoutput(git), "versions": versions}
-            run |= {"hardware": cards.name, "ranks": WORLD, "start": start, "steps": steps}
-            run |= {"config": dataclasses.asdict(config), "deepspeed": settings}
+            run = {"versions": {package.__name__: package.__version__ for package in packages}}
+            run |= {"command": sys.argv, "commit": commit, "hardware": cards.name}
+            run |= {"ranks": WORLD, "config": dataclasses.asdict(config), "deepspeed": settings}
             write_aside(folder / "run.json", lambda path: path.write_text(json.dumps(run, indent=1)))
     train(engine, Stream(config, encoded, RANK, WORLD), shared, base, identity, start, steps, skipped)
     with fail_together():
@@ -1290,11 +1125,31 @@ def fine_tune(config, settings, cards, base, transformer, rows, found, manifest,
     return max(start, steps)
 
 
-def count_steps(config, rows):
-    """Optimizer steps of a run. Raises Failure where the rows do not fill one global batch."""
-    total = config.total_batch_size
-    require(rows >= total, f"{rows} rows to train on are fewer than one global batch of {total}")
-    return config.max_train_steps or math.ceil(config.num_train_epochs * rows / total)
+def claim(config, settings, model, cards, memory):
+    """Checks what only a real run needs, and locks output_dir -> (hub repository, base with weights)."""
+    here = cards.name != "CPU" or model.num_parameters() < 1e9
+    require(here, "PyTorch finds no GPU; --plan_for plans without one")
+    room = USABLE_MEMORY * cards.memory
+    says = f"a step takes {sum(memory.values()) / 1e9:.0f} GB a card, {room / 1e9:.0f} can be used"
+    require(sum(memory.values()) <= room, says)
+    offloaded = settings["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    require(not offloaded or shutil.which("g++"), "DeepSpeed needs g++ for an optimizer on the host")
+    if config.control != "column":
+        load_detector(config.control)
+    repository = config.hub_model_id or Path(config.output_dir).name
+    if config.push_to_hub:  # before anything is paid for
+        with explained("--push_to_hub (log in with `hf auth login`, or set HF_TOKEN)"):
+            repository = huggingface_hub.create_repo(repository, exist_ok=True).repo_id
+    base = find_base(config, weights=True)
+    with explained(f"--output_dir {config.output_dir}, perhaps another run is at work there"):
+        for folder in (config.encoded_dir, config.output_dir):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        if RANK == 0:
+            claim.lock = open(Path(config.output_dir, ".lock"), "a")  # until this process ends
+            fcntl.flock(claim.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in Path(config.output_dir).glob(".checkpoint-*.tmp"):
+                shutil.rmtree(left)
+    return repository, base
 
 
 def run(config):
@@ -1304,41 +1159,25 @@ def run(config):
     config = resolve(config, cards.number)
     settings = engine_settings(config)
     found, manifest = find_checkpoint(config)
-    name, base, transformer = find_base(config, weights=False)
-    identity = {flag: getattr(config, flag) for flag in IDENTITY} | {"base": name}
+    identity = {name: getattr(config, name) for name in IDENTITY}
     check_same_run(manifest, identity)
+    base = find_base(config, weights=False)
     rows = open_dataset(config)
     steps = count_steps(config, len(rows) - min(config.probe_samples, len(rows) // 10))
-    learning_rate(config, steps)
-    model = meta_transformer(transformer)
-    tokens = caption_tokens(config, base, rows)
-    memory = fit_engine(config, settings, model, cards, tokens[1])
+    model = load_transformer(base / "transformer")
+    tokens = longest_caption(config, base, rows)
+    memory = fit_engine(config, settings, model, cards, tokens)
     if RANK == 0:
-        print_plan(config, len(rows), steps, manifest.get("step", 0), model, cards, memory, tokens)
+        print_plan(config, settings, len(rows), steps, manifest.get("step", 0), model, cards, memory, tokens)
     if config.dry_run or config.plan_for:
         return
-    small = model.num_parameters() < 1e9
-    require(small or cards.name != "CPU", "PyTorch finds no GPU; --plan_for plans without one")
-    check_memory(memory, cards)
-    if config.control != "column":
-        load_detector(config.control)
-    repository = config.hub_model_id or Path(config.output_dir).name
-    if config.push_to_hub:  # before anything is paid for
-        with explained("--push_to_hub (log in with `hf auth login`, or set HF_TOKEN)"):
-            repository = huggingface_hub.create_repo(repository, exist_ok=True).repo_id
-    _, base, transformer = find_base(config, weights=True)
-    with explained(f"--output_dir {config.output_dir}, perhaps another run is at work there"):
-        for folder in (config.encoded_dir, config.output_dir):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        if RANK == 0:
-            lock = open(Path(config.output_dir, ".lock"), "a")  # until this process ends
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    steps = fine_tune(config, settings, cards, base, transformer, rows, found, manifest, identity)
+    repository, base = claim(config, settings, model, cards, memory)
+    steps = fine_tune(config, settings, cards, base, rows, found, manifest, identity)
     dist.barrier()
     dist.destroy_process_group()
     if RANK == 0:
         if config.push_to_hub:
-            push(config, repository, name, steps)
+            push(config, repository, steps)
         print(f"done: weights and pictures in {config.output_dir}")
 
 

@@ -108,13 +108,13 @@ class Bench:
         folder = self.base / "transformer"
         dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
         if self.full:  # random weights made on the device
-            model = torch.nn.Module.to(cv4ctrl.meta_transformer(folder), dtype).to_empty(device=self.device)
+            model = torch.nn.Module.to(cv4ctrl.load_transformer(folder), dtype).to_empty(device=self.device)
             for parameter in model.parameters():
                 parameter.data.normal_(std=0.02)
         else:
             model = cv4ctrl.load_transformer(folder, dtype=dtype, device=self.device)
         if config.gradient_checkpointing:
-            model.enable_gradient_checkpointing(functools.partial(cv4ctrl.checkpoint, use_reentrant=False))
+            model.enable_gradient_checkpointing()
         for block in model.transformer_blocks if config.compile else ():
             block.compile()
         return model, cv4ctrl.prepare(model, config.resolution, self.device, dtype)
@@ -138,10 +138,11 @@ class Bench:
             cv4ctrl.write_aside(folder / f"{key}.safetensors", write)
         sizes = {key: len(entry) for key, entry in entries.items()}
         keys = [("picture", "picture", f"caption-{lengths[n % len(lengths)]}") for n in range(64)]
-        rows = [cv4ctrl.Row(n, "", *key) for n, key in enumerate(keys)]
-        encoded = cv4ctrl.Encoded(folder, sizes, rows, [], [], "", 1.0)
+        rows = [cv4ctrl.Row(n, *key) for n, key in enumerate(keys)]
+        encoded = cv4ctrl.Encoded(folder, sizes, rows, [], [], "")
         stream = cv4ctrl.Stream(config, encoded, cv4ctrl.RANK, cv4ctrl.WORLD)
-        return cv4ctrl.micro_batches(stream, 0, 10**9, self.device)
+        load = functools.partial(stream.micro_batch, self.device)
+        return cv4ctrl.prefetch(load, itertools.count(), config.dataloader_num_workers)
 
     def in_turn(self, names, *functions):
         """Figures of two functions that give seconds: theirs, and how much more the first takes."""
@@ -181,7 +182,7 @@ def section_bare(bench):
 
     def bare_step():
         start = now()
-        cv4ctrl.batch_loss(model, shared, batch, "none").backward()
+        cv4ctrl.batch_loss(model, shared, batch).backward()
         optimizer.step()
         optimizer.zero_grad()
         return now() - start

@@ -86,7 +86,7 @@ def scale_latents(vae, images, used):
 
 def train_transformer(transformer, latents, captions, embeds):
     """Flow matching with the trainer's functions, a tenth of the captions empty -> the average of the weights."""
-    mu, size = cv4ctrl.shift_mu(16), torch.full((64, 2), 64.0)
+    size = torch.full((64, 2), 64.0)
     rotary_emb = transformer.rope(latents[:1])
     decay = torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
     average = torch.optim.swa_utils.AveragedModel(transformer, multi_avg_fn=decay)
@@ -97,9 +97,10 @@ def train_transformer(transformer, latents, captions, embeds):
         x0, eps = latents[pick], torch.randn(64, 16, 8, 8)
         t = cv4ctrl.timestep_of((torch.randperm(64) + torch.rand(64)) / 64)
         text = embeds[captions[pick].masked_fill(torch.rand(64) < 0.1, 0)]  # 0 is ""
-        noisy = cv4ctrl.interpolate(x0, eps, cv4ctrl.shifted_sigma(t, mu))
+        sigma = cv4ctrl.shifted_sigma(t, 16).view(-1, 1, 1, 1)
+        noisy = (1 - sigma) * x0 + sigma * eps
         v = transformer(noisy, text, t, size, size, 0 * size, image_rotary_emb=rotary_emb, return_dict=False)[0]
-        return cv4ctrl.flow_loss(v, eps - x0, torch.ones(64))
+        return torch.nn.functional.mse_loss(v, eps - x0)
 
     fit(transformer, loss, 4500, 4e-3, weight_decay=1e-4, betas=(0.9, 0.99))
     return average.module

@@ -172,10 +172,11 @@ def gradients(argv, file):
     import cv4ctrl
 
     def train(engine, stream, shared, *_):
-        for turn, batch in enumerate(cv4ctrl.micro_batches(stream, 0, 1, shared["original_size"].device)):
+        for turn in range(stream.config.gradient_accumulation_steps):
+            batch = stream.micro_batch(shared["original_size"].device, turn)
             if turn > 0:
                 engine.step()
-            engine.backward(cv4ctrl.batch_loss(engine, shared, batch, stream.config.weighting_scheme))
+            engine.backward(cv4ctrl.batch_loss(engine, shared, batch))
         full = sys.modules["deepspeed"].utils.safe_get_full_grad  # collective
         found = {name: full(parameter).clone().contiguous() for name, parameter in engine.module.named_parameters()}
         if cv4ctrl.RANK == 0:

@@ -85,8 +85,8 @@ def test_the_score_itself():
 def test_the_picture_of_the_demo(run, tmp_path):
     progress.progress(run, tmp_path / "progress.png")
     picture = Image.open(tmp_path / "progress.png")
-    assert picture.size == (5 * 160, 16 + 4 * 176)  # control, steps 0, 290, 580, target; four cases
-    assert len({picture.crop((160 * n, 32, 160 * n + 160, 192)).tobytes() for n in range(5)}) == 5
+    assert picture.size == (5 * 192, 16 + 4 * 192)  # control, steps 0, 290, 580, target; four cases
+    assert len({picture.crop((192 * n, 16, 192 * n + 192, 208)).tobytes() for n in range(5)}) == 5
 
 
 if __name__ == "__main__":

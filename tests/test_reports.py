@@ -15,9 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 
-import diffusers
+import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import cv4ctrl
@@ -105,8 +104,11 @@ def argv(flags, encoded):  # after the shared cache is filled
 def told(nursery, argv, tmp_path_factory):
     """A run that tells everybody -> (its folder, what it said, what it asked the hub for)."""
     out = tmp_path_factory.mktemp("reports")
-    codes, text = nursery.run(argv(out / "run"), 1, out / "log", env={"WANDB_DIR": str(out)})
-    assert codes == [0], text
+    command = [sys.executable, cv4ctrl.__file__, *argv(out / "run")]  # wandb finishes as its process ends
+    env = os.environ | nursery.env | {"WANDB_DIR": str(out), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    text = done.stdout + done.stderr
+    assert done.returncode == 0, text
     return out / "run", text, [path for path, _ in Hub.asked if "repos" in path or "someone" in path]
 
 
@@ -121,7 +123,7 @@ def test_trackers_read_back(told):
     for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
         kind = "train" if "loss" in row else "probe"
         figures += [(f"{kind}/{name}", row["step"], value) for name, value in row.items() if name != "step"]
-    events = EventAccumulator(str(run / "logs" / "cogview4_train_control"), {"images": 0}).Reload()
+    events = EventAccumulator(str(run / "logs"), {"images": 0}).Reload()
     for name in {name for name, _, _ in figures}:
         seen = [(name, event.step, pytest.approx(event.value, rel=1e-6)) for event in events.Scalars(name)]
         assert seen == [figure for figure in figures if figure[0] == name]
@@ -131,7 +133,8 @@ def test_trackers_read_back(told):
     shown = [pixels(file) for file in offline.glob("files/media/images/*.png")]
     assert seen == drawn and sorted(shown) == sorted(drawn.values())
     content = next(offline.glob("*.wandb")).read_bytes()
-    assert all(name.encode() in content and json.dumps(value).encode() in content for name, _, value in figures)
+    texts = [text for name, _, value in figures for text in (name, str(np.float32(value)).removesuffix(".0"))]
+    assert not [text for text in texts if text.encode() not in content]
 
 
 @pytest.mark.parametrize("tracker, fault", [("tensorboard", "missing"), ("wandb", "missing"), ("tensorboard", "later")])
@@ -168,20 +171,6 @@ def test_the_hub_gets_weights_figures_picture_and_card(told, base, data):
     card = Hub.files["README.md"].decode()
     for part in (str(base), str(data), "(validation/step-3.png)", "3 steps of 4 samples", "library_name: diffusers"):
         assert part in card, (part, card)
-
-
-def draw(code, file):
-    """Runs the card's lines in a rank, with the weights that the stand-in serves, and draws a picture."""
-    names = {name: getattr(diffusers, name) for name in ("CogView4ControlPipeline", "CogView4Transformer2DModel")}
-    exec(code, names | {"torch": torch}, names)
-    options = {"control_image": Image.new("RGB", (64, 64)), "height": 64, "width": 64, "num_inference_steps": 2}
-    names["pipe"]("a star", **options).images[0].save(file)
-
-
-def test_the_lines_of_the_card_draw_a_picture(nursery, told, tmp_path):
-    code = re.search(r"```python\n(.*?)```", Hub.files["README.md"].decode(), re.DOTALL)[1]
-    codes, text = nursery.run(("test_reports.draw", [code, tmp_path / "drawn.png"]), 1, tmp_path)
-    assert codes == [0] and Image.open(tmp_path / "drawn.png").size == (64, 64), text
 
 
 def test_an_upload_that_fails(nursery, told, argv, tmp_path):

@@ -1,5 +1,6 @@
 """Sample k is a pure function of (seed, k): ranks, threads and restarts only decide who asks for it."""
 
+import functools
 import itertools
 import threading
 from dataclasses import replace
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 import cv4ctrl
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture()
@@ -20,7 +23,7 @@ def test_one_rank_and_two_see_bitwise_the_same_samples(make):
     batches = []
     for rank, world in ((0, 1), (0, 2), (1, 2)):
         stream = make(rank, world, total_batch_size=16, train_batch_size=8 // world, proportion_empty_prompts=0.3)
-        batches.append(list(cv4ctrl.micro_batches(stream, 1, 4, torch.device("cpu"))))
+        batches.append(list(cv4ctrl.prefetch(functools.partial(stream.micro_batch, CPU), range(2, 8), 3)))
     assert [len(of_rank) for of_rank in batches] == [6, 6, 6]
     for one, *two in zip(*batches):
         for name in ("latents", "control", "noise", "timestep", "sigma"):
@@ -54,7 +57,7 @@ def test_timesteps_are_spread_evenly_and_each_is_uniform(make):
         even = 1000 * (torch.arange(64) + 0.5) / 64
         assert (t - even).abs().max() < 1000 * 2.5 / 64  # random draws deviate about four times as much
     assert make(weighting_scheme="logit_normal", logit_mean=9).timestep(0) < 10
-    firsts = torch.cat([cv4ctrl.Stream(replace(stream.config, seed=n), None, 0, 1).timestep(0) for n in range(1000)])
+    firsts = torch.cat([stream._replace(config=replace(stream.config, seed=n)).timestep(0) for n in range(1000)])
     assert abs(firsts.mean() - 500.5) < 4 * 289 / 1000**0.5 and firsts.min() < 10 and firsts.max() > 990
 
 
@@ -72,7 +75,7 @@ def test_a_step_is_sorted_by_text_length_padded_and_masked(make, encoded):
     lengths = [len(text) for text in texts]
     assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
     for number, text in enumerate(texts):
-        batch = stream[15 + number // 4]
+        batch = stream.micro_batch(CPU, 15 + number // 4)
         row = batch["prompt_embeds"][number % 4]
         seen = row if batch["mask"] is None else row[batch["mask"][number % 4]]
         assert torch.equal(seen, text)

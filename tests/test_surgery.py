@@ -1,7 +1,5 @@
 """The widened model is the base until it learns, and stays a plain CogView4Transformer2DModel."""
 
-import json
-
 import pytest
 import torch
 from diffusers import CogView4Transformer2DModel
@@ -54,15 +52,10 @@ def test_the_new_weights_are_appended_zeros_and_learn(plain, widened):
     assert all(parameter.grad.any() for parameter in widened.parameters())  # and so does every other weight
 
 
-def test_only_the_input_layer_changes_and_a_control_model_stays_as_it_is(base):
-    config = json.loads((base / "transformer/config.json").read_text())
+def test_only_the_input_layer_changes(base):
     state = load_file(base / "transformer/diffusion_pytorch_model.safetensors")
-    wide, wide_config = cv4ctrl.widen(state, config)
+    wide = cv4ctrl.widen(state)
     assert [name for name in state if wide[name] is not state[name]] == ["patch_embed.proj.weight"]
-    again, again_config = cv4ctrl.widen(wide, wide_config)
-    assert again is wide and again_config == wide_config
-    with pytest.raises(cv4ctrl.Failure, match="24"):
-        cv4ctrl.widen({}, {"in_channels": 24, "out_channels": 16})
 
 
 def test_what_is_saved_loads_with_diffusers_and_here(widened, tmp_path):
