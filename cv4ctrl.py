@@ -6,7 +6,7 @@ weights start at zero, so that training begins exactly at the base. The whole tr
     x = (1 - sigma) x0 + sigma eps,    v = eps - x0,    loss = E |model(x, control, text, t) - v|^2
     sigma = mu / (mu + 1000 / t - 1),  mu = 0.75 sqrt(N / 256) + 0.25,  t = 1 ... 1000,  N image tokens
 
-As in CogView4ControlPipeline, the model is told the unshifted t, while the latents carry the shifted sigma.
+As in CogView4ControlPipeline, the model receives the unshifted t, while the shifted sigma scales the noise.
 
     python cv4ctrl.py --help                     all flags
     python cv4ctrl.py --dry_run [flags]          check everything, print the plan, load nothing
@@ -20,6 +20,7 @@ import faulthandler
 import fcntl
 import functools
 import gc
+import glob
 import hashlib
 import io
 import json
@@ -45,7 +46,7 @@ import transformers
 from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.embeddings import apply_rotary_emb
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -54,7 +55,6 @@ TIMESTEPS = 1000  # noise levels; scheduler/scheduler_config.json of CogView4-6B
 LATENT_CHANNELS = 16  # vae/config.json of CogView4-6B
 PIXELS_PER_LATENT = 8  # the VAE reduces each side 8 times
 PIXELS_PER_TOKEN = 16  # the transformer takes patches of 2 x 2 latents
-GOLDEN_RATIO = 0x9E3779B97F4A7C15  # its fraction in 64 bits: the step of the evenest additive sequence
 RANK = int(os.environ.get("RANK", 0))  # set by every launcher
 WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 CARDS = {  # --plan_for: bytes of memory, dense bf16 FLOP/s; NVIDIA's data sheets
@@ -101,27 +101,25 @@ class Config:
     """All flags. Defaults are the recipe of the original document."""
 
     pretrained_model_name_or_path: str = flag("THUDM/CogView4-6B", "hub name or folder")
-    revision: str | None = flag(None, "revision of the base on the hub")
     dataset_name: str = flag("raulc0399/open_pose_controlnet", "hub name, folder or parquet file")
     dataset_config_name: str | None = flag(None, "configuration of the data set")
-    jsonl_for_train: str | None = flag(None, "instead: JSON lines, with image paths relative to that file")
+    jsonl_for_train: str | None = flag(None, "JSON lines instead; image paths are relative to the file")
     max_train_samples: int | None = flag(None, "use only the first N rows")
     image_column: str = flag("image", "column of the target image")
     conditioning_image_column: str = flag("conditioning_image", "column of the control image")
     caption_column: str = flag("text", "column of the caption")
     skip_bad_rows: bool = flag(False, "leave out rows that cannot be read")
     control: str = flag("column", "column, or a detector of controlnet_aux such as canny, openpose")
-    resolution: int = flag(1024, "pixels a side, to which pictures are resized")
+    resolution: int = flag(1024, "pictures are resized to N x N pixels")
     max_sequence_length: int = flag(1024, "captions are cut to N tokens")
     encoded_dir: str | None = flag(None, "cache to share between runs; default: OUTPUT_DIR/encoded")
     output_dir: str = flag("pose-control", "folder of the run")
     seed: int = flag(0, "of data order, timesteps, noise and caption dropout")
-    mixed_precision: Literal["bf16", "no"] = flag("bf16", "no for fp32; fp16 and fp8 are not supported")
+    mixed_precision: Literal["bf16", "no"] = flag("bf16", "no is fp32; fp16 and fp8 are not supported")
     train_batch_size: int = flag(8, "samples per micro-batch and rank")
     gradient_accumulation_steps: int = flag(1, "micro-batches per step and rank")
     total_batch_size: int | None = flag(None, "samples per step over all ranks; sets the accumulation")
     gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass")
-    compile: bool = flag(False, "compile the blocks; needs g++")
     max_train_steps: int | None = flag(None, "optimizer steps; overrides --num_train_epochs")
     num_train_epochs: int = flag(1, "passes over the data")
     learning_rate: float = flag(5e-5, "peak learning rate, after warm-up")
@@ -133,39 +131,29 @@ class Config:
     adam_epsilon: float = flag(1e-8, "added to the root of the second moment")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: never")
     proportion_empty_prompts: float = flag(0.0, "share of samples trained without caption, 0 to 1")
-    weighting_scheme: Literal["none", "logit_normal"] = flag(
-        "none", "distribution of timesteps; none: uniform"
-    )
-    logit_mean: float = flag(0.0, "mean of logit_normal")
-    logit_std: float = flag(1.0, "standard deviation of logit_normal")
     dataloader_num_workers: int = flag(8, "threads per rank that read pictures and prepare micro-batches")
     checkpointing_steps: int = flag(1000, "steps between checkpoints")
     checkpoints_total_limit: int = flag(2, "newest checkpoints that are kept; 0: all")
-    resume_from_checkpoint: Literal["latest"] = flag("latest", "which a run always continues from")
+    resume_from_checkpoint: Literal["latest"] = flag("latest", "no effect: a run always continues")
     upcast_before_saving: bool = flag(False, "export fp32 weights")
-    validation_image: list[str] | None = flag(None, "control images; default: held-out rows")
-    validation_prompt: list[str] | None = flag(None, "a prompt for each of them")
     validation_steps: int = flag(100, "steps between evaluations (probe and pictures)")
-    num_validation_images: int = flag(1, "pictures per case, each from its own noise")
+    num_validation_images: int = flag(1, "pictures for each of up to four held-out rows; 0: none")
     num_inference_steps: int = flag(50, "Euler steps of a validation picture")
-    guidance_scale: float = flag(3.5, "of validation pictures; up to 1: none")
+    guidance_scale: float = flag(3.5, "for validation pictures; 1 or less: off")
     probe_samples: int = flag(32, "rows held out of training, at most a tenth of all")
     push_to_hub: bool = flag(False, "upload the weights at the end")
     hub_model_id: str | None = flag(None, "repository; default: the name of OUTPUT_DIR")
     report_to: Literal["none", "tensorboard", "wandb", "all"] = flag("none", "trackers")
     deepspeed_config: str | None = flag(None, "engine settings; default: ds_config.json beside this file")
-    timeout_minutes: float = flag(120.0, "limit of one step with its evaluation and checkpoint")
+    timeout_minutes: int = flag(120, "longest time for one step, its evaluation and checkpoint")
     dry_run: bool = flag(False, "check everything, print the plan, load nothing")
     plan_for: str | None = flag(None, "print the plan for other cards, such as 8xA100-80GB")
 
 
-LEAST = dict.fromkeys(
-    "seed lr_warmup_steps checkpoints_total_limit probe_samples num_validation_images".split(), 0
-)
-LEAST |= {"logit_mean": -1e9, "timeout_minutes": 1e-3}  # of numbers; where nothing is said 1, or 0.0
+MAY_BE_ZERO = "seed lr_warmup_steps checkpoints_total_limit probe_samples num_validation_images".split()
 # What decides which samples a run sees and what its state looks like: a continued run must keep it.
 IDENTITY = """pretrained_model_name_or_path seed total_batch_size resolution max_sequence_length control
-mixed_precision proportion_empty_prompts weighting_scheme logit_mean logit_std""".split()
+mixed_precision proportion_empty_prompts""".split()
 
 
 def parse(argv=None):
@@ -175,8 +163,7 @@ def parse(argv=None):
     parser.add_argument("--local_rank", help="==SUPPRESS==")  # which the deepspeed launcher passes
     config, _, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
     names = [word.partition("=")[0] for word in unknown if word.startswith("-")] or unknown
-    hint = "--help lists all flags, the README what replaces others of the diffusers example"
-    require(not unknown, f"not taken: {' '.join(names)}; {hint}")
+    require(not unknown, f"not taken: {' '.join(names)}; see --help, and README.md for diffusers' flags")
     return config
 
 
@@ -185,18 +172,15 @@ def check(config):
     for name, value in dataclasses.asdict(config).items():
         require(value != "", f"--{name}: must not be empty")
         if type(value) in (int, float):
-            least = LEAST.get(name, 1 if type(value) is int else 0)
+            least = 1 if type(value) is int and name not in MAY_BE_ZERO else 0
             require(least <= value < 2**63, f"--{name} {value}: must be a finite number of at least {least}")
+    launched = "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) == 1
+    require(launched, "Slurm started several tasks: start one a machine, `srun torchrun ... cv4ctrl.py`")
     require(config.resolution % PIXELS_PER_TOKEN == 0, "--resolution: must be a multiple of 16")
     require(max(config.adam_beta1, config.adam_beta2) < 1, "--adam_beta1, --adam_beta2: must be below 1")
     require(config.proportion_empty_prompts <= 1, "--proportion_empty_prompts: must be at most 1")
     two = config.jsonl_for_train and config.dataset_name != Config.dataset_name
     require(not two, "--dataset_name and --jsonl_for_train: give one of them")
-    fits = len(config.validation_image or []) == len(config.validation_prompt or [])
-    require(fits, "--validation_image and --validation_prompt: give as many of both")
-    for path in config.validation_image or []:
-        with explained(f"--validation_image {path}"):
-            Image.open(path).load()
 
 
 def resolve(config, world):
@@ -220,13 +204,6 @@ def shifted_sigma(timestep, image_tokens):
     mu = 0.75 * math.sqrt(image_tokens / 256) + 0.25  # max_shift, base_image_seq_len, base_shift
     sigma = timestep.float() / TIMESTEPS
     return mu * sigma / (mu * sigma + 1 - sigma)  # mu / (mu + 1 / sigma - 1), defined at 0 too
-
-
-def timestep_of(u, scheme="none", logit_mean=0.0, logit_std=1.0):
-    """u in (0, 1), large for little noise -> timestep 1000 ... 1 in fp32 (arXiv 2403.03206, section 3.1)."""
-    if scheme == "logit_normal":
-        u = torch.sigmoid(logit_mean + logit_std * torch.special.ndtri(u))
-    return (TIMESTEPS - torch.floor(u * TIMESTEPS)).clamp(1, TIMESTEPS).float()
 
 
 # === control surgery ========================================================================================
@@ -286,8 +263,7 @@ def prepare(model, resolution, device, dtype):
 
 
 def predict(model, shared, noisy, control, prompt_embeds, mask, timestep):
-    """Calls the transformer -> velocity (B, 16, h, w), like noisy and control; prompt_embeds (B, T, 4096);
-    mask (B, T), False for padding, or None; timestep (B,), unshifted."""
+    """Velocity (B, 16, h, w), like noisy, control; prompt_embeds (B, T, 4096), mask (B, T), timestep (B,)."""
     dtype = shared["original_size"].dtype
     if mask is not None:  # -> (B, 1, 1, T + N)
         mask = F.pad(mask, (0, len(shared["image_rotary_emb"][0])), value=True)[:, None, None]
@@ -331,7 +307,6 @@ def log0(message):
         tqdm.write(f"cv4ctrl.py: {message}", file=sys.stderr)
 
 
-# The progress bar of rank 0, slow where stderr is no terminal.
 progress = functools.partial(tqdm, disable=RANK > 0, mininterval=0.1 if sys.stderr.isatty() else 10)
 
 
@@ -360,7 +335,7 @@ def write_aside(file, write, sync=True):
     aside = file.with_name(f".{file.name}.{os.urandom(8).hex()}.tmp")
     file.parent.mkdir(parents=True, exist_ok=True)
     write(aside)
-    aside.chmod(0o644)  # safetensors' are private
+    aside.chmod(0o644)  # safetensors creates files as 0600
     if sync:
         with open(aside) as stream:
             os.fsync(stream)
@@ -368,14 +343,12 @@ def write_aside(file, write, sync=True):
 
 
 # === encode once ============================================================================================
-# One safetensors file an entry, named by a digest of all that it depends on: so no entry can be stale.
-# A row of the data set by the keys of its parts; validation cases have ids below 0.
+# One safetensors file an entry, whose key is a digest of all that it depends on: so no entry can be stale.
 Row = namedtuple("Row", "id image control caption")
 
 
-class Encoded(namedtuple("Encoded", "folder sizes train held_out cases empty")):
-    """The encoded data. sizes: {key: bytes}; train, held_out, cases (drawn in evaluations): lists of Row;
-    empty: key of the caption ""."""
+class Encoded(namedtuple("Encoded", "folder sizes train held_out empty")):
+    """The encoded data. sizes: {key: bytes}; train, held_out: lists of Row; empty: key of the caption ""."""
 
     def entry(self, key):
         """Prompt embedding (T, 4096) or posterior moments (32, h, w), bf16."""
@@ -387,19 +360,42 @@ class Encoded(namedtuple("Encoded", "folder sizes train held_out cases empty")):
         return mean + (0.5 * log_variance.clamp(-30, 20)).exp() * eps
 
 
+def load_splits(name, config_name):
+    """{split: rows} of a data set on the hub, of a parquet file, or of a folder of one kind of files."""
+    folder = Path(name)
+    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():  # of save_to_disk
+        saved = datasets.load_from_disk(name)
+        return saved if isinstance(saved, dict) else {"train": saved}
+    pattern = glob.escape(os.path.abspath(name))
+    if folder.is_file():
+        return datasets.load_dataset("parquet", data_files=pattern)
+    if folder.exists() and pattern != os.path.abspath(name):  # datasets would not find it
+        return datasets.load_dataset(name, data_files=f"{pattern}/**")
+    parquet = [] if config_name else list(folder.rglob("*.parquet"))
+    found = datasets.load_dataset_builder(name, config_name).config.data_files if parquet else {}
+    if len(parquet) > sum(map(len, found.values())):  # where some are named after splits, it drops the others
+        return datasets.load_dataset(name, data_files=f"{pattern}/**/*.parquet")
+    return datasets.load_dataset(name, config_name)
+
+
 def open_dataset(config):
     """Rows of the data set: rows[i] is a dict, images undecoded. Raises Failure."""
     datasets.disable_progress_bars()
     name = config.jsonl_for_train or config.dataset_name
     needed = {config.image_column, config.conditioning_image_column, config.caption_column}
     with explained(f"data set {name}"):
-        if config.jsonl_for_train:
-            with open(name, encoding="utf-8-sig") as lines:
+        if config.jsonl_for_train:  # what is not UTF-8 becomes surrogates, which read_row refuses
+            with open(name, encoding="utf-8-sig", errors="surrogateescape") as lines:
                 rows = [dict(json.loads(line)) for line in lines if line.strip()]
             columns = set().union(*rows)
         else:
-            kind, file = ("parquet", name) if Path(name).is_file() else (name, None)
-            rows = datasets.load_dataset(kind, config.dataset_config_name, data_files=file, split="train")
+            splits = load_splits(name, config.dataset_config_name)
+            split = next(iter(splits)) if len(splits) == 1 else "train"
+            require(split in splits, f"has no split train, but {', '.join(map(str, splits))}")
+            rows = splits[split]
+            others = ", ".join(str(other) for other in splits if other != split)
+            if others:
+                log0(f"data set {name}: split train is taken, {others} left out")
             columns = set(rows.column_names)
             for column in needed & columns:
                 if isinstance(rows.features[column], datasets.Image):
@@ -422,51 +418,69 @@ def load_detector(name):
         return detector() if name == "canny" else detector.from_pretrained("lllyasviel/Annotators")
 
 
-def read_picture(config, content, control):
-    """Content of a picture file -> pixels (1, 3, H, W) in -1 ... 1, as the pipeline makes them."""
+def read_picture(config, content, use):
+    """Content of a picture file -> (pixels (1, 3, H, W) in -1 ... 1 as in the pipeline, width / height). use:
+    target, column (it is the control) or the detector that makes the control of it. Raises ValueError."""
     side = config.resolution
-    image = diffusers.utils.load_image(Image.open(io.BytesIO(content)))
-    if control != "column":
-        options = {"low_threshold": 50, "high_threshold": 200} if control == "canny" else {}
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    if image.mode[0] in "IF":  # converted to RGB, as inference does it, it would be clipped
+        raise ValueError(f"mode {image.mode} has more than 8 bits a channel: scale to 0 ... 255, save 8 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        opaque = image.getextrema()[3][0] == 255
+        if use == "column" and not opaque:
+            raise ValueError("transparent pixels, which inference does not see: flatten the picture")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    ratio = image.width / image.height
+    if use in DETECTORS:
+        options = {"low_threshold": 50, "high_threshold": 200} if use == "canny" else {}
         options |= {"detect_resolution": side, "image_resolution": side}
-        image = load_detector(control)(image.resize((side, side), Image.LANCZOS), **options)
-    return VaeImageProcessor(vae_scale_factor=PIXELS_PER_LATENT).preprocess(image, side, side)
+        image = load_detector(use)(image.resize((side, side), Image.LANCZOS), **options)
+    return VaeImageProcessor(vae_scale_factor=PIXELS_PER_LATENT).preprocess(image, side, side), ratio
 
 
 def read_row(config, prefixes, known, rows, id):
-    """Row `id` -> (Row, {key: caption or pixels} of what is not known), or (what is wrong with it, {})."""
-    column = config.caption_column
-    sources = [(config.image_column, "column"), (config.conditioning_image_column, config.control)]
+    """Row `id` -> (Row, or None if it cannot be used; what is wrong; {key: caption or unknown pixels})."""
+    column = config.caption_column  # the one at work, for the message
+    sources = [(config.image_column, "target"), (config.conditioning_image_column, config.control)]
+    source = Path(config.jsonl_for_train or config.dataset_name)
+    folder = source if source.is_dir() else source.parent
     of_pictures, of_captions = prefixes
     pictures = []
+    ratios = []
     try:
         row = rows[id]
         text = row.get(column)
         if not isinstance(text, str):
-            raise ValueError("no caption")
+            raise ValueError(f"a caption is a string, not {text!r:.50}")
+        text.encode()  # raises ValueError for what was not UTF-8
         caption = digest(of_captions, text)
         parts = {digest(of_captions, ""): "", caption: text}
-        for column, control in sources:
+        for column, use in sources:
             value = row.get(column)
             value = value if isinstance(value, dict) else {"path": value}
-            file = Path(config.jsonl_for_train or "").parent / (value.get("path") or "no picture")
-            content = value.get("bytes") or file.read_bytes()
-            pictures.append(digest(of_pictures, control, hashlib.sha256(content).hexdigest()))
-            if pictures[-1] not in known:
-                parts[pictures[-1]] = read_picture(config, content, control)
-        return Row(id, *pictures, caption), parts
+            if not value.get("bytes") and not value.get("path"):
+                raise ValueError("no picture")
+            content = value.get("bytes") or (folder / value["path"]).read_bytes()
+            key = digest(of_pictures, use, hashlib.sha256(content).hexdigest())
+            pictures.append(key)
+            if key not in known:
+                parts[key], ratio = read_picture(config, content, use)
+                ratios.append(ratio)
+        skewed = len(ratios) == 2 and not 0.95 < ratios[0] / ratios[1] < 1 / 0.95
+        about = f"row {id}: its pictures differ in aspect ratio, both become squares" if skewed else ""
+        return Row(id, *pictures, caption), about, parts
     except Exception as error:  # files and decoders raise what they like
-        return f"row {id}, {column}: {str(error).partition(' <_io')[0]}", {}
+        return None, f"row {id}, {column}: {str(error).partition(' <_io')[0]}", {}
 
 
 def fingerprint(folder):
-    """Digest of an encoder's files. The hub's cache names large ones by their SHA-256."""
+    """Digest of an encoder's files."""
     parts = []
     for file in sorted(filter(Path.is_file, folder.iterdir())):
-        blob = file.resolve()
-        named = blob.parent.name == "blobs" and len(blob.name) == 64
-        with open(blob, "rb") as stream:
-            parts += [file.name, blob.name if named else hashlib.file_digest(stream, "sha256").hexdigest()]
+        with open(file, "rb") as stream:
+            parts += [file.name, hashlib.file_digest(stream, "sha256").hexdigest()]
     return digest(*parts)
 
 
@@ -479,20 +493,20 @@ def load_encoders(base, device, **without):
 
 
 @torch.no_grad()
-def encode_rows(config, base, prefixes, known, rows, ids, device):
-    """Reads rows and encodes what is not known -> for each its Row, or what is wrong with it. A caption is
-    encoded alone: the pipeline pads it to a multiple of 16 tokens, and the pads are attended to."""
+def encode_rows(config, base, prefixes, known, rows, device):
+    """Reads this rank's rows, encodes what is not known -> for each (Row, or None; what is wrong with it)."""
     found = []
     stored = set(known)
+    length = {"max_sequence_length": config.max_sequence_length}
     encoders = functools.cache(functools.partial(load_encoders, base, device))
-    length = config.max_sequence_length
     read = functools.partial(read_row, config, prefixes, known, rows)
+    ids = range(RANK, len(rows), WORLD)
     results = prefetch(read, ids, config.dataloader_num_workers)
-    for row, parts in progress(results, "encoding", total=len(ids)):
-        found.append(row)
+    for row, about, parts in progress(results, "encoding", total=len(ids)):
+        found.append((row, about))
         for key in parts.keys() - stored:
-            if isinstance(parts[key], str):
-                entry = encoders().encode_prompt(parts[key], None, False, max_sequence_length=length)[0]
+            if isinstance(parts[key], str):  # alone: its pads to a multiple of 16 tokens are attended to
+                entry = encoders().encode_prompt(parts[key], None, False, **length)[0]
             else:
                 pixels = parts[key].to(device, torch.bfloat16)
                 entry = encoders().vae.encode(pixels).latent_dist.parameters
@@ -505,23 +519,27 @@ def encode_rows(config, base, prefixes, known, rows, ids, device):
 
 
 def hold_out(rows, most):
-    """Rows -> (rows to train on, rows held out). At most a tenth of the pictures are held out, chosen by
-    content, each with one row; no row that shows one of them is trained on."""
-    pictures = {row.image: row for row in rows}
-    chosen = sorted(pictures, key=lambda image: digest("held out", image))[: min(most, len(pictures) // 10)]
-    return [row for row in rows if row.image not in chosen], [pictures[image] for image in chosen]
+    """Rows -> (rows to train on, rows held out), chosen by content. No two held-out rows share a picture, and
+    rows that share one with them, at most a tenth of all, are not trained on."""
+    having = {}  # picture -> rows that have it
+    for row in rows:
+        having.setdefault(row.image, set()).add(row)
+        having.setdefault(row.control, set()).add(row)
+    hidden = set()
+    held_out = []
+    for row in sorted(rows, key=lambda row: digest("held out", row.image)):
+        room = len(rows) // 10 - len(hidden)
+        shares = (having[row.image], having[row.control])
+        if len(held_out) < most and row not in hidden and max(map(len, shares)) <= room:
+            if len(set.union(*shares) - hidden) <= room:
+                held_out.append(row)
+                hidden.update(*shares)
+    return [row for row in rows if row not in hidden], held_out
 
 
 def encode(config, base, rows, device):
     """Encodes what the cache lacks, split over the ranks -> Encoded. Raises Failure for unusable rows."""
     folder = Path(config.encoded_dir)
-    given = []  # validation cases as rows
-    for path, prompt in zip(config.validation_image or [], config.validation_prompt or []):
-        image = {"path": os.path.abspath(path)}
-        columns = {config.image_column: image, config.conditioning_image_column: image}
-        given.append(columns | {config.caption_column: prompt})
-    ids = range(-len(given), len(rows))
-    rows = torch.utils.data.ConcatDataset([rows, given])
 
     def entries():  # a file may be empty after a power cut
         return {file.stem: size for file in folder.glob("[!.]*.safetensors") if (size := file.stat().st_size)}
@@ -530,23 +548,23 @@ def encode(config, base, rows, device):
         vae, *text = (fingerprint(base / part) for part in ("vae", "text_encoder", "tokenizer"))
         of_pictures = digest("pictures", vae, config.resolution)
         of_captions = digest("captions", *text, config.max_sequence_length)
-        prefixes = (of_pictures, of_captions)
-        mine = encode_rows(config, base, prefixes, entries(), rows, ids[RANK::WORLD], device)
+        mine = encode_rows(config, base, (of_pictures, of_captions), entries(), rows, device)
     gc.collect()  # the encoders are freed before the transformer is loaded
     torch.cuda.empty_cache()
     parts, sizes, stops = zip(*all_gather_objects((mine, entries(), bool(stop_requests))))
     if any(stops):
         raise Failure("stopped by a signal; encoded data are kept, the same command continues", 75)
-    found = [parts[n % WORLD][n // WORLD] for n in range(len(ids))]
-    bad = [row for row in found if isinstance(row, str)]
-    if bad:
-        about = f"{bad[0]} ({len(bad)} of {len(ids)} rows cannot be used, the others are encoded"
-        require(config.skip_bad_rows, f"{about}; --skip_bad_rows leaves these out)")
-        log0(f"{about})")
-    good = [row for row in found if isinstance(row, Row)]
-    cases = [row._replace(image=None) for row in good if row.id < 0]
-    train, held_out = hold_out([row for row in good if row.id >= 0], config.probe_samples)
-    return Encoded(folder, sizes[0], train, held_out, cases or held_out[:4], digest(of_captions, ""))
+    found = [parts[id % WORLD][id // WORLD] for id in range(len(rows))]
+    bad = [about for row, about in found if not row]
+    skewed = [about for row, about in found if row and about]
+    for notes in filter(None, (bad, skewed)):
+        about = f"{notes[0]} ({len(notes)} of {len(found)} rows)"
+        require(config.skip_bad_rows or not bad, f"{about}; --skip_bad_rows leaves out what cannot be used")
+        log0(about)
+    train, held_out = hold_out([row for row, _ in found if row], config.probe_samples)
+    if len(held_out) < min(2, config.probe_samples):
+        log0("fewer than two different controls can be held out: control_gain is not measured")
+    return Encoded(folder, sizes[0], train, held_out, digest(of_captions, ""))
 
 
 # === sample stream ==========================================================================================
@@ -563,8 +581,7 @@ def permutation(seed, epoch, rows):
 
 
 class Stream(namedtuple("Stream", "config encoded rank world")):
-    """The samples of a run. Those of a step are sorted by caption length, then cut into micro-batches: so the
-    number of ranks does not matter, and little is padded."""
+    """The samples of a run. Those of a step are sorted by caption length before they form micro-batches."""
 
     def row(self, k):
         """(Row, key of its caption) of sample k: every row once an epoch; some lose their caption."""
@@ -575,11 +592,10 @@ class Stream(namedtuple("Stream", "config encoded rank world")):
         return row, self.encoded.empty if empty else row.caption
 
     def timestep(self, k):
-        """Timestep of sample k, (1,). An additive sequence spreads neighbours evenly over a random start."""
-        config = self.config
-        start = int(digest(config.seed, "timestep"), 16)
-        u = torch.tensor([(((start + k * GOLDEN_RATIO) % 2**64 >> 11) + 0.5) / 2**53], dtype=torch.float64)
-        return timestep_of(u, config.weighting_scheme, config.logit_mean, config.logit_std)
+        """Timestep of sample k, (1,): a low-discrepancy sequence, so that neighbours are spread evenly."""
+        start = int(digest(self.config.seed, "timestep"), 16)
+        u = (start + k * 0x9E3779B97F4A7C15) % 2**64  # steps of the golden ratio, as fractions of 2**64
+        return torch.tensor([float(TIMESTEPS - (u * TIMESTEPS >> 64))])
 
     def order(self, step):
         """The k of a step, by the length of their captions."""
@@ -624,9 +640,8 @@ def collate(samples, device):
 
 # === evaluation =============================================================================================
 @torch.no_grad()
-def euler_sample(model, shared, noise, control, prompt_embeds, empty_embeds, steps, guidance):
-    """Noise (1, 16, h, w) -> latents in the pipeline's steps; guidance > 1 mixes in the empty prompt."""
-    x = noise
+def euler_sample(model, shared, x, control, prompt_embeds, empty_embeds, steps, guidance):
+    """Noise x (1, 16, h, w) -> latents in the pipeline's steps; guidance > 1 mixes in the empty prompt."""
     timesteps = torch.linspace(TIMESTEPS, 1, steps, dtype=torch.float64).long().float()  # the pipeline's
     image_tokens = len(shared["image_rotary_emb"][0])
     sigmas = shifted_sigma(torch.cat([timesteps, torch.zeros(1)]), image_tokens).tolist()
@@ -647,8 +662,7 @@ def spread(jobs, work, title):
 
 @torch.no_grad()
 def probe(model, shared, stream):
-    """Loss of the held-out rows with always the same noise, {} for fewer than two. Swapped: each with the
-    next row's control. A control_gain of 0 means that the control is ignored."""
+    """Loss of held-out rows with fixed noise, and with the next row's control; {} for fewer than two rows."""
     rows = stream.encoded.held_out
     if len(rows) < 2:
         return {}
@@ -669,16 +683,17 @@ def probe(model, shared, stream):
 
 @torch.no_grad()
 def validate(model, shared, stream, base, step):
-    """Draws the cases into a picture, rows of control | generated | target -> its name, or None."""
+    """Draws held-out rows into a picture, control | generated | target -> its name, or None."""
     config = stream.config
     encoded = stream.encoded
     device = shared["original_size"].device
     side = config.resolution // PIXELS_PER_LATENT
-    if not encoded.cases or not config.num_validation_images:
+    cases = (encoded.held_out or encoded.train)[:4]
+    if config.num_validation_images == 0:
         return None
 
     def draw(n):
-        case = encoded.cases[n]
+        case = cases[n]
         control = encoded.latents(case.control)
         texts = (encoded.entry(case.caption), encoded.entry(encoded.empty))
         row = [control]
@@ -688,16 +703,16 @@ def validate(model, shared, stream, base, step):
             inputs = [tensor[None].to(device) for tensor in (noise, control, *texts)]
             options = (config.num_inference_steps, config.guidance_scale)
             row.append(euler_sample(model, shared, *inputs, *options)[0].cpu())
-        return row + ([encoded.latents(case.image)] if case.image else [])
+        return [*row, encoded.latents(case.image)]
 
-    rows = spread(range(len(encoded.cases)), draw, "drawing")
+    rows = spread(range(len(cases)), draw, "drawing")
     picture = f"validation/step-{step}.png"
     with fail_together():
         if RANK == 0:
             vae = load_encoders(base, device, text_encoder=None, tokenizer=None).vae
             bands = []
-            for n in range(len(encoded.cases)):
-                cells = [vae.decode(latents[None].to(device, vae.dtype)).sample.cpu() for latents in rows[n]]
+            for row in rows.values():
+                cells = [vae.decode(latents[None].to(device, vae.dtype)).sample.cpu() for latents in row]
                 bands.append(torch.cat(cells, dim=3))
             image = VaeImageProcessor().postprocess(torch.cat(bands, dim=2))[0]
             write_aside(Path(config.output_dir, picture), lambda path: image.save(path, "PNG"))
@@ -716,12 +731,9 @@ def merged(shipped, given, file, path=""):
     settings = dict(shipped)
     for key, value in given.items():
         default = shipped.get(key)
-        if key in ENGINE_CHOICES:
-            known = type(value) is type(default) and value in ENGINE_CHOICES[key]
-        elif default == "auto":
-            known = value == default or isinstance(value, (int, float))
-        else:
-            known = key in shipped and type(value) is type(default)
+        choices = ENGINE_CHOICES.get(key, () if isinstance(value, str) else (value,))
+        typed = default == "auto" or type(value) is type(default)
+        known = key in shipped and typed and (value == default or value in choices)
         says = f"{file} says {path}{key} = {json.dumps(value)}"
         require(known, f"{says}, which is not known to train right; nor are fp16 and fp8")
         settings[key] = merged(default, value, file, f"{path}{key}.") if isinstance(default, dict) else value
@@ -750,7 +762,7 @@ def engine_settings(config):
 
 
 def start_ranks(minutes):
-    """Joins the other ranks, each waiting at most so many minutes for the others -> this rank's device."""
+    """Joins the other ranks, with a timeout in minutes -> this rank's device."""
     if "RANK" not in os.environ:  # no launcher: the only rank
         os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # needs a compiler, gloo does not
@@ -760,8 +772,6 @@ def start_ranks(minutes):
     timeout = datetime.timedelta(minutes=minutes)
     with explained(f"the ranks cannot meet at port {os.environ['MASTER_PORT']}, see --master_port", 1):
         deepspeed.init_distributed(timeout=timeout, verbose=False)
-    groups = deepspeed.utils.groups  # of the engine, which would wait for 10 minutes
-    groups._WORLD_GROUP = groups._WORLD_GROUP or dist.new_group(timeout=timeout)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: stop_requests.append(number))
     return torch.device(accelerator.current_device_name())
@@ -820,14 +830,14 @@ def save_checkpoint(engine, config, step, manifest):
             write_aside(aside / "manifest.json", lambda path: path.write_text(text))
             shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)  # a damaged one
             os.replace(aside, folder / f"checkpoint-{step}")
-            steps = sorted(checkpoints(folder), key=lambda n: (n <= step, n))  # damaged ones, then old to new
+            steps = sorted(checkpoints(folder), key=lambda n: (n <= step, n))  # later ones are damaged: first
             for old in steps[: -config.checkpoints_total_limit] if config.checkpoints_total_limit else ():
                 shutil.rmtree(folder / f"checkpoint-{old}", ignore_errors=True)
 
 
 def checkpoints(folder):
     """{step: checkpoint-<step>} of a folder, oldest first."""
-    found = {path.name[11:]: path for path in Path(folder).glob("checkpoint-*")}
+    found = {path.name.removeprefix("checkpoint-"): path for path in Path(folder).glob("checkpoint-*")}
     return {int(step): found[step] for step in sorted(filter(str.isdigit, found), key=int)}
 
 
@@ -839,7 +849,7 @@ def find_checkpoint(config):
             manifest = json.loads((folder / "manifest.json").read_text())
             for name, size in manifest["files"].items():
                 if (folder / name).stat().st_size != size:
-                    raise ValueError(f"{name} has not the size with which it was written")
+                    raise ValueError(f"{name} does not have the size it was written with")
                 if name.endswith(".safetensors"):
                     safe_open(folder / name, "pt")
             return folder, manifest
@@ -865,11 +875,6 @@ class Log:
         self.bar = progress(None, "training", total=steps, initial=start)
         self.report_to = config.report_to if RANK == 0 else "none"
         self.tracker = None
-        if RANK == 0:  # rows past `start`, of an interrupted run, are dropped
-            file = self.folder / "metrics.jsonl"
-            lines = file.read_text().splitlines() if start and file.exists() else []
-            kept = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
-            write_aside(file, lambda path: path.write_text("".join(kept)))
 
     def write(self, kind, step, figures, picture=None):
         """Writes a row of figures, kind "train" or "probe", and shows its numbers. Raises Failure."""
@@ -878,8 +883,7 @@ class Log:
                 with open(self.folder / "metrics.jsonl", "a") as file:
                     file.write(json.dumps({"step": step} | figures) + "\n")
         numbers = {name: value for name, value in figures.items() if isinstance(value, (int, float))}
-        shown = {name: numbers[name] for name in ("loss", "control_gain") if name in numbers}
-        self.bar.set_postfix(shown, refresh=False)
+        self.bar.set_postfix(loss=figures.get("loss"), refresh=False)
         self.bar.update(step - self.bar.n)
         if self.report_to == "none":
             return
@@ -952,15 +956,13 @@ def train(engine, stream, shared, base, identity, start, steps, skipped):
             figures = {"samples": step * config.total_batch_size, "loss": loss, "lr": rate(step - 1)}
             figures |= {"grad_norm": norm, "samples_per_s": speed, "skipped": skipped}
             figures = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-            if not applied:
-                figures["rows"] = [stream.row(k)[0].id for k in stream.order(step - 1)]
             log.write("train", step, figures)
             if in_a_row == 10:
-                raise Failure(f"10 steps in a row without finite gradient, the last of {figures['rows']}")
+                raise Failure("10 steps in a row without finite gradients")
             if step % config.validation_steps == 0 or step == steps:
                 evaluate(step)
             if step % config.checkpointing_steps == 0 or step == steps or stop:
-                manifest = {"step": step, "samples": figures["samples"], "skipped": skipped}
+                manifest = {"step": step, "steps": steps, "samples": figures["samples"], "skipped": skipped}
                 save_checkpoint(engine, config, step, manifest | {"identity": identity})
             if stop and step < steps:
                 raise Failure(f"stopped by a signal after step {step}; the same command continues there", 75)
@@ -986,69 +988,60 @@ def cards_of(config):
     return Cards(WORLD, device.name, device.total_memory, max(flops, default=0))
 
 
-def memory_of_step(config, zero, model, cards, tokens):
-    """{part: bytes} of a card at the peak of a step, in a backward pass."""
+def cost_of_step(config, zero, model, cards, tokens):
+    """({part: bytes} of a card at the peak of a step, in a backward pass; FLOP a sample, none repeated)."""
     size = 2 if config.mixed_precision == "bf16" else 4
     weights = model.num_parameters()
+    blocks = len(model.transformer_blocks)
     width = model.config.num_attention_heads * model.config.attention_head_dim
     sequence = (config.resolution // PIXELS_PER_TOKEN) ** 2 + tokens
     offloaded = zero["offload_optimizer"]["device"] == "cpu"
     # Tensors of (B, S, D): a block keeps 1 if it is recomputed, else 22. The block in its backward pass has
     # 22, and 4 for the gradient of gelu; three gradients of its weights, 4 D x D each, wait to be summed.
-    kept = (len(model.transformer_blocks) - 1) * (1 if config.gradient_checkpointing else 22) + 22 + 4
-    return {
+    kept = (blocks - 1) * (1 if config.gradient_checkpointing else 22) + 22 + 4
+    memory = {
         "weights": size * weights,
         "gradients": 4 * weights / (cards.number if zero["stage"] == 2 else 1),
         "buckets": zero["reduce_bucket_size"] * (2 * size + 4),
         "optimizer": 0 if offloaded else 12 * weights / cards.number,  # fp32 weights and Adam's moments
         "activations": size * (kept * config.train_batch_size * sequence * width + 12 * width**2),
     }
+    return memory, 12 * blocks * width * sequence * (6 * width + sequence)
 
 
 def fit_engine(config, settings, model, cards, tokens):
-    """Decides what ds_config.json leaves open -> memory_of_step."""
+    """Fills in bucket size and offloading in `settings` -> cost_of_step."""
     zero = settings["zero_optimization"]
     asked = zero["reduce_bucket_size"]
     asked = min(model.num_parameters(), 50_000_000) if asked == "auto" else asked  # small models: one bucket
     # DeepSpeed 0.19.8 may free a gradient larger than a bucket before it has been sent (reduce_ipg_grads).
     zero["reduce_bucket_size"] = max(asked, *(parameter.numel() for parameter in model.parameters()))
-    memory = memory_of_step(config, zero, model, cards, tokens)
+    memory, _ = cost_of_step(config, zero, model, cards, tokens)
     if zero["offload_optimizer"]["device"] == "auto":
         fits = sum(memory.values()) <= USABLE_MEMORY * cards.memory
         zero["offload_optimizer"]["device"] = "none" if fits else "cpu"
-    return memory_of_step(config, zero, model, cards, tokens)
+    return cost_of_step(config, zero, model, cards, tokens)
 
 
-def print_plan(config, settings, rows, steps, start, model, cards, memory, tokens):
-    """Prints what a run takes, by arithmetic, with captions of so many tokens."""
-    weights = model.num_parameters()
-    width = model.config.num_attention_heads * model.config.attention_head_dim
-    sequence = (config.resolution // PIXELS_PER_TOKEN) ** 2 + tokens
-    flops = 12 * len(model.transformer_blocks) * width * sequence * (6 * width + sequence)  # a sample
+def print_plan(config, zero, rows, steps, start, weights, cards, memory, flops):
+    """Prints what a run takes, by arithmetic; weights: their number; memory and flops: of cost_of_step."""
     total = config.total_batch_size
     saved = weights * (16 if config.upcast_before_saving or config.mixed_precision == "no" else 14)
-    moments = 8 * rows * LATENT_CHANNELS * (config.resolution // PIXELS_PER_LATENT) ** 2
+    encoded = 8 * rows * LATENT_CHANNELS * (config.resolution // PIXELS_PER_LATENT) ** 2
     parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in memory.items())
-    if settings["zero_optimization"]["offload_optimizer"]["device"] == "cpu":
+    if zero["offload_optimizer"]["device"] == "cpu":
         parts += f"; of the hosts {18 * weights / 1e9:.0f} GB in all"  # fp32 gradients and bf16 weights, too
     print(f"""\
-rows    {rows}, captions of up to {tokens} tokens
+engine  {config.deepspeed_config or "the shipped ds_config.json"}, ZeRO stage {zero["stage"]}
+rows    {rows}, of which at most a tenth is held out
+encode  {2 * rows} pictures and {rows + 1} captions, less what is there
 steps   {steps} of {total} samples, {steps * total / rows:.1f} epochs; {start} are done
 memory  {sum(memory.values()) / 1e9:.1f} of {cards.memory / 1e9:.0f} GB on each {cards.name}: {parts}
-disk    {saved / 1e9:.1f} GB a checkpoint, {moments / 1e9:.1f} GB of encoded pictures
-encode  {2 * rows} pictures and {rows + 1} captions, less what {config.encoded_dir} holds""")
+disk    {saved / 1e9:.1f} GB a checkpoint, {encoded / 1e9:.1f} GB of encoded pictures""")
     if cards.flops:
         seconds = total * flops / (cards.number * cards.flops * UTILISATION)
         hours = seconds * (steps - start) / 3600
         print(f"time    {seconds:.1f} s a step, {hours:.1f} hours, at {UTILISATION:.0%} of the cards' peak")
-
-
-def longest_caption(config, base, rows):
-    """Tokens of the longest of the first thousand captions, padded as the pipeline pads it."""
-    captions = [rows[id].get(config.caption_column) for id in range(min(len(rows), 1000))]
-    texts = [caption for caption in captions if isinstance(caption, str)]
-    ids = transformers.AutoTokenizer.from_pretrained(base / "tokenizer")(texts or [""])["input_ids"]
-    return 16 * math.ceil(min(max(map(len, ids)), config.max_sequence_length) / 16)
 
 
 # === main ===================================================================================================
@@ -1057,8 +1050,8 @@ def find_base(config, weights):
     name = config.pretrained_model_name_or_path
     patterns = ["*.json", "*.txt", "*.model"] + ["*.safetensors"] * weights
     with explained(f"--pretrained_model_name_or_path {name}"):
-        where = {"revision": config.revision, "allow_patterns": patterns}
-        base = Path(name) if Path(name).is_dir() else Path(huggingface_hub.snapshot_download(name, **where))
+        here = Path(name).is_dir()
+        base = Path(name if here else huggingface_hub.snapshot_download(name, allow_patterns=patterns))
         kind = json.loads((base / "model_index.json").read_text())["_class_name"]
         parts = [base / part for part in ("text_encoder", "vae", "transformer") if weights]
         if not kind.startswith("CogView4") or not all(any(part.glob("*.safetensors")) for part in parts):
@@ -1073,9 +1066,8 @@ def push(config, repository, steps):
     (folder / "README.md").write_text(f"""---
 library_name: diffusers
 ---
-{config.pretrained_model_name_or_path} as a control model, control "{config.control}", for diffusers'
-`CogView4ControlPipeline`: {steps} steps of {config.total_batch_size} samples of
-{config.jsonl_for_train or config.dataset_name} at {config.resolution} px. ![pictures]({picture})
+{config.pretrained_model_name_or_path} as a control model, {steps} steps of {config.total_batch_size} samples
+of {config.jsonl_for_train or config.dataset_name} at {config.resolution} px. ![pictures]({picture})
 """)
     files = ["README.md", "config.json", "diffusion_pytorch_model.safetensors", "metrics.jsonl", picture]
     by_hand = f"hf upload {repository} '{folder}' . " + " ".join(f"--include={file}" for file in files)
@@ -1095,43 +1087,45 @@ def fine_tune(config, settings, cards, base, rows, found, manifest, identity):
     device = start_ranks(1.5 * config.timeout_minutes)  # the watch of train() is faster
     same_folder = all(all_gather_objects((folder / ".lock").exists()))  # rank 0 has made it
     require(same_folder, f"--output_dir {folder}: all machines must share it")
-    found, manifest = all_gather_objects((found, manifest))[0]
     encoded = encode(config, base, rows, device)
-    identity |= {"rows": digest(*(part for row in encoded.train for part in row))}
+    rows = len(encoded.train)
+    identity |= {"training data": f"{rows} rows, digest {digest(*encoded.train)}"}
     check_same_run(manifest, identity)
     start = manifest.get("step", 0)
     skipped = manifest.get("skipped", 0)
-    steps = count_steps(config, len(encoded.train))
+    steps = count_steps(config, rows)
+    if manifest.get("steps", steps) != steps:
+        log0(f"the learning rate's schedule was made for {manifest['steps']} steps, now it is for {steps}")
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     model = load_transformer((found or base) / "transformer", dtype, device)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    for block in model.transformer_blocks if config.compile else ():
-        block.compile()
     shared = prepare(model, config.resolution, device, dtype)
     engine = start_engine(config, settings, model, found, start - skipped)
     with fail_together():
         if RANK == 0:
             commit = os.popen(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null").read().strip()
-            packages = (torch, deepspeed, diffusers, transformers)
-            run = {"versions": {package.__name__: package.__version__ for package in packages}}
+            versions = {package.__name__: package.__version__ for package in (torch, deepspeed, diffusers)}
+            run = {"versions": versions, "start": start}
             run |= {"command": sys.argv, "commit": commit, "hardware": cards.name}
             run |= {"ranks": WORLD, "config": dataclasses.asdict(config), "deepspeed": settings}
             write_aside(folder / "run.json", lambda path: path.write_text(json.dumps(run, indent=1)))
     train(engine, Stream(config, encoded, RANK, WORLD), shared, base, identity, start, steps, skipped)
     with fail_together():
-        for file in folder.glob(f"checkpoint-{max(start, steps)}/transformer/*") if RANK == 0 else ():
-            shutil.copyfile(file, folder / file.name)
+        if RANK == 0:
+            for old in folder.glob("diffusion_pytorch_model*"):  # shards of another program's run
+                old.unlink()
+            last = folder / f"checkpoint-{max(start, steps)}"
+            shutil.copytree(last / "transformer", folder, dirs_exist_ok=True)
     return max(start, steps)
 
 
 def claim(config, settings, model, cards, memory):
     """Checks what only a real run needs, and locks output_dir -> (hub repository, base with weights)."""
-    here = cards.name != "CPU" or model.num_parameters() < 1e9
-    require(here, "PyTorch finds no GPU; --plan_for plans without one")
-    room = USABLE_MEMORY * cards.memory
-    says = f"a step takes {sum(memory.values()) / 1e9:.0f} GB a card, {room / 1e9:.0f} can be used"
-    require(sum(memory.values()) <= room, says)
+    small = model.num_parameters() < 1e9
+    require(small or cards.name != "CPU", "PyTorch finds no GPU; --plan_for plans without one")
+    share = sum(memory.values()) / (USABLE_MEMORY * cards.memory)
+    require(share <= 1, f"a step takes {share:.0%} of the memory of a card that can be used")
     offloaded = settings["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
     require(not offloaded or shutil.which("g++"), "DeepSpeed needs g++ for an optimizer on the host")
     if config.control != "column":
@@ -1142,12 +1136,13 @@ def claim(config, settings, model, cards, memory):
             repository = huggingface_hub.create_repo(repository, exist_ok=True).repo_id
     base = find_base(config, weights=True)
     with explained(f"--output_dir {config.output_dir}, perhaps another run is at work there"):
-        for folder in (config.encoded_dir, config.output_dir):
-            Path(folder).mkdir(parents=True, exist_ok=True)
+        for folder in map(Path, (config.encoded_dir, config.output_dir)):
+            require(folder.exists() or not folder.is_symlink(), f"{folder} is a link to nothing")
+            folder.mkdir(parents=True, exist_ok=True)
         if RANK == 0:
-            claim.lock = open(Path(config.output_dir, ".lock"), "a")  # until this process ends
+            claim.lock = open(folder / ".lock", "a")  # stays open until this process ends
             fcntl.flock(claim.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for left in Path(config.output_dir).glob(".checkpoint-*.tmp"):
+            for left in folder.glob(".checkpoint-*.tmp"):
                 shutil.rmtree(left)
     return repository, base
 
@@ -1165,15 +1160,20 @@ def run(config):
     rows = open_dataset(config)
     steps = count_steps(config, len(rows) - min(config.probe_samples, len(rows) // 10))
     model = load_transformer(base / "transformer")
-    tokens = longest_caption(config, base, rows)
-    memory = fit_engine(config, settings, model, cards, tokens)
+    captions = []  # as far as they are needed to know how long they get
+    for id in range(min(len(rows), 1000)):
+        with contextlib.suppress(ValueError):  # a bad row
+            captions.append(str(rows[id].get(config.caption_column)).encode(errors="replace").decode())
+    tokens = transformers.AutoTokenizer.from_pretrained(base / "tokenizer")(captions or [""])["input_ids"]
+    longest = 16 * math.ceil(min(max(map(len, tokens)), config.max_sequence_length) / 16)
+    memory, flops = fit_engine(config, settings, model, cards, longest)
     if RANK == 0:
-        print_plan(config, settings, len(rows), steps, manifest.get("step", 0), model, cards, memory, tokens)
+        counts = (len(rows), steps, manifest.get("step", 0), model.num_parameters())
+        print_plan(config, settings["zero_optimization"], *counts, cards, memory, flops)
     if config.dry_run or config.plan_for:
         return
     repository, base = claim(config, settings, model, cards, memory)
     steps = fine_tune(config, settings, cards, base, rows, found, manifest, identity)
-    dist.barrier()
     dist.destroy_process_group()
     if RANK == 0:
         if config.push_to_hub:
@@ -1186,12 +1186,12 @@ def main(argv=None):
     try:
         run(parse(argv))
     except Failure as end:
-        agreed = dist.is_initialized()  # then all ranks raise the same, and rank 0 says it
-        if RANK > 0 and not agreed:
-            time.sleep(5)  # mostly rank 0 says the same, and the launcher ends us once it has
-        if RANK == 0 or not agreed:
+        met = dist.is_initialized()  # then ranks fail together, and rank 0 speaks for all
+        if RANK > 0 and not met:
+            time.sleep(5)  # rank 0 usually reports the same, and the launcher then stops this rank
+        if RANK == 0 or not met:
             tqdm.write(f"cv4ctrl.py: {end}", file=sys.stderr)
-        if agreed:
+        if met:
             dist.destroy_process_group()  # else gloo sometimes aborts at exit and changes the exit code
         sys.exit(end.code)
 

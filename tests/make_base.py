@@ -95,7 +95,7 @@ def train_transformer(transformer, latents, captions, embeds):
         average.update_parameters(transformer)
         pick = torch.randint(len(latents), (64,))
         x0, eps = latents[pick], torch.randn(64, 16, 8, 8)
-        t = cv4ctrl.timestep_of((torch.randperm(64) + torch.rand(64)) / 64)
+        t = 1000 - (1000 * (torch.randperm(64) + torch.rand(64)) / 64).floor()
         text = embeds[captions[pick].masked_fill(torch.rand(64) < 0.1, 0)]  # 0 is ""
         sigma = cv4ctrl.shifted_sigma(t, 16).view(-1, 1, 1, 1)
         noisy = (1 - sigma) * x0 + sigma * eps

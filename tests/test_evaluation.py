@@ -61,7 +61,7 @@ def test_pictures_of_a_run(stream, base, encoded, ready, tmp_path):
     cells = [np.array(first.crop((64 * n, 0, 64 * (n + 1), 64))) for n in range(4)]
     assert not any((a == b).all() for n, a in enumerate(cells) for b in cells[:n])
     pipe = CogView4ControlPipeline.from_pretrained(base, transformer=None, dtype=torch.bfloat16)
-    for cell, key in ((cells[0], encoded.cases[0].control), (cells[3], encoded.cases[0].image)):
+    for cell, key in ((cells[0], encoded.held_out[0].control), (cells[3], encoded.held_out[0].image)):
         pixels = pipe.vae.decode(encoded.latents(key)[None].bfloat16()).sample.detach()
         (image,) = pipe.image_processor.postprocess(pixels)
         assert (cell == np.array(image)).all()
