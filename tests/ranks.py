@@ -19,7 +19,6 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from unittest import mock
 
 import psutil
 import torch
@@ -111,13 +110,9 @@ def launch(world, *jobs, **options):
 
 
 def rows(folder):
-    """Rows of training in metrics.jsonl."""
-    return [row for row in map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines()) if "loss" in row]
-
-
-def logged(folder):
-    """Lines of metrics.jsonl so far."""
-    return sum(len(file.read_text().splitlines()) for file in Path(folder).glob("metrics.jsonl"))
+    """Rows of training in metrics.jsonl, none if there is no such file."""
+    lines = [line for file in Path(folder).glob("metrics.jsonl") for line in file.read_text().splitlines()]
+    return [row for row in map(json.loads, lines) if "loss" in row]
 
 
 def weights(folder):
@@ -183,18 +178,6 @@ def gradients(argv, file):
         raise StopIteration
 
     main_with(argv, train=train)
-
-
-def count_encoders(argv):
-    """Runs a command line -> [calls of the VAE's encoder, calls of the text encoder] that it made."""
-    from diffusers import AutoencoderKL
-    from transformers import GlmModel
-
-    count = functools.partial(mock.patch.object, autospec=True)
-    with count(AutoencoderKL, "encode", side_effect=AutoencoderKL.encode) as pictures:
-        with count(GlmModel, "forward", side_effect=GlmModel.forward) as captions:
-            main_with(argv)
-    return [pictures.call_count, captions.call_count]
 
 
 if __name__ == "__main__":
