@@ -9,6 +9,7 @@ import re
 import resource
 import shutil
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -44,16 +45,11 @@ def run(tmp_path):
     return lambda job, world=2, hurt=lambda pids: None: shared_nursery().run(job, world, tmp_path / "log", hurt)
 
 
-@pytest.fixture()
-def settings(tmp_path):
-    """Writes engine settings with the optimizer on a device -> their file."""
-
-    def write(device):
-        file = tmp_path / f"{device}.json"
-        file.write_text(json.dumps({"zero_optimization": {"offload_optimizer": {"device": device}}}))
-        return file
-
-    return write
+def optimizer_on(device, folder):
+    """Engine settings -> their file."""
+    file = folder / f"{device}.json"
+    file.write_text(json.dumps({"zero_optimization": {"offload_optimizer": {"device": device}}}))
+    return file
 
 
 @pytest.fixture(scope="module")
@@ -100,42 +96,25 @@ def only_line(text):
     return line
 
 
-def test_kills_in_every_phase(run, words, undisturbed, tmp_path):
-    """SIGKILL to a rank that encodes, saves, trains, one start after the other; the last one ends."""
-    folder = tmp_path / "run"
-    phases = (
-        lambda: len(list(folder.glob("encoded/*.safetensors"))) > 20,
-        lambda: list(folder.glob(".checkpoint-*.tmp/state/*")),
-        lambda: reached(folder) > 6,
-    )
-    for n, phase in enumerate(phases):
-
-        def kill(pids):
-            until(phase, pids)
-            os.kill(pids[n % 2], signal.SIGKILL)
-
-        codes, text = run(words(folder, encoded_dir=None), hurt=kill)
-        assert codes[n % 2] == -signal.SIGKILL and codes[1 - n % 2] != 0, text
-    goes_on(run, words(folder, encoded_dir=None), folder, undisturbed)
-
-
-@pytest.mark.long
-def test_20_kills_at_random_moments(run, words, undisturbed, tmp_path):
+@pytest.mark.parametrize("count", [3, pytest.param(20, marks=pytest.mark.long)])
+def test_kills_at_random_moments(count, run, words, undisturbed, tmp_path):
+    """While it encodes, trains, saves: what is there is whole, and the run that ends is the undisturbed one."""
     rng, kills, starts = random.Random(0), 0, set()
 
     def kill(pids):
-        time.sleep(rng.uniform(0.5, 4))
-        os.kill(rng.choice(pids), signal.SIGKILL)
+        if kills < count:
+            time.sleep(rng.uniform(0.5, 4))
+            os.kill(rng.choice(pids), signal.SIGKILL)
 
-    while kills < 20:
-        folder, codes = tmp_path / f"after-{kills}", [None]
+    while kills < count:
+        folder, codes = Path(tempfile.mkdtemp(dir=tmp_path)), [None]  # a new one: who is done is too fast to be killed
         while any(code != 0 for code in codes):
             starts.add(max(cv4ctrl.checkpoints(folder), default=0))
             codes, text = run(words(folder, encoded_dir=None), hurt=kill)
             kills += -signal.SIGKILL in codes
             assert "passed over" not in text and 2 not in codes, text
         goes_on(run, words(folder, encoded_dir=None), folder, undisturbed)
-    assert len(starts) > 3, starts
+    assert len(starts) > 3 or count < 20, starts
 
 
 def slow_steps(argv):
@@ -273,10 +252,10 @@ def nan_on_rank_1(argv, *bad):
 
 
 @pytest.mark.parametrize("optimizer", ["none", pytest.param("cpu", marks=OFFLOADED)])
-def test_nan_on_one_rank_is_skipped_by_all(optimizer, run, words, settings, tmp_path):
+def test_nan_on_one_rank_is_skipped_by_all(optimizer, run, words, tmp_path):
     """The step is skipped and names its rows; ten in a row end the run."""
     options = {"max_train_steps": 20, "checkpoints_total_limit": 0, "validation_steps": 20, "mixed_precision": "bf16"}
-    argv = words(tmp_path, **options, deepspeed_config=settings(optimizer))
+    argv = words(tmp_path, **options, deepspeed_config=optimizer_on(optimizer, tmp_path))
     codes, text = run(("test_faults.nan_on_rank_1", [argv, 3, *range(7, 20)]))
     found = rows(tmp_path)
     assert [row["skipped"] for row in found] == [0, 0, 1, 1, 1, 1, *range(2, 12)]
@@ -289,9 +268,13 @@ def test_nan_on_one_rank_is_skipped_by_all(optimizer, run, words, settings, tmp_
 
 
 @pytest.mark.parametrize("optimizer, world", [("none", 1), pytest.param("cpu", 2, marks=OFFLOADED)])
-def test_another_number_of_ranks_or_offloading_goes_on(optimizer, world, words, settings, half, undisturbed):
+def test_another_number_of_ranks_or_offloading_goes_on(optimizer, world, words, half, undisturbed, tmp_path):
     """For three steps, then as before: the same weights within the rounding of fp32."""
-    options = {"train_batch_size": 4 // world, "deepspeed_config": settings(optimizer), "max_train_steps": 9}
+    options = {
+        "train_batch_size": 4 // world,
+        "deepspeed_config": optimizer_on(optimizer, tmp_path),
+        "max_train_steps": 9,
+    }
     assert launch(world, words(half, **options)) == [[0, None]] and reached(half) == 9
     assert launch(2, words(half)) == [[0, None]]
     assert same(weights(half), weights(undisturbed), 1e-5)
