@@ -8,8 +8,7 @@ weights start at zero, so that training begins exactly at the base. The whole tr
 
 As in CogView4ControlPipeline, the model receives the unshifted t, while the shifted sigma scales the noise.
 
-    python cv4ctrl.py --help                     all flags
-    python cv4ctrl.py --dry_run [flags]          check everything, print the plan, load nothing
+    python cv4ctrl.py --dry_run [flags]          check everything, print the plan; --help lists all flags
     deepspeed --num_gpus=8 cv4ctrl.py [flags]    train; the same command again continues
 """
 
@@ -22,6 +21,7 @@ import functools
 import gc
 import glob
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -409,10 +409,8 @@ def open_dataset(config):
 @functools.cache
 def load_detector(name):
     """Detector of controlnet_aux on the CPU, by a name such as canny or lineart_anime. Raises Failure."""
-    import controlnet_aux
-
     require(name in DETECTORS, f"--control {name}: must be column or one of {', '.join(DETECTORS)}")
-    classes = {kind.lower(): getattr(controlnet_aux, kind) for kind in dir(controlnet_aux)}
+    classes = {kind.lower(): value for kind, value in vars(importlib.import_module("controlnet_aux")).items()}
     detector = classes[name.replace("_", "") + "detector"]
     with explained(f"--control {name}: cannot load lllyasviel/Annotators"):
         return detector() if name == "canny" else detector.from_pretrained("lllyasviel/Annotators")
@@ -875,6 +873,11 @@ class Log:
         self.bar = progress(None, "training", total=steps, initial=start)
         self.report_to = config.report_to if RANK == 0 else "none"
         self.tracker = None
+        file = self.folder / "metrics.jsonl"
+        if RANK == 0 and file.exists():  # rows past `start`, of an interrupted run, are dropped
+            lines = [line for line in file.read_text().splitlines(True) if line.endswith("}\n")]
+            kept = [line for line in lines if json.loads(line)["step"] <= (start or -1)]
+            write_aside(file, lambda path: path.write_text("".join(kept)))
 
     def write(self, kind, step, figures, picture=None):
         """Writes a row of figures, kind "train" or "probe", and shows its numbers. Raises Failure."""
@@ -883,19 +886,16 @@ class Log:
                 with open(self.folder / "metrics.jsonl", "a") as file:
                     file.write(json.dumps({"step": step} | figures) + "\n")
         numbers = {name: value for name, value in figures.items() if isinstance(value, (int, float))}
-        self.bar.set_postfix(loss=figures.get("loss"), refresh=False)
+        self.bar.set_postfix({n: numbers[n] for n in ("loss", "control_gain") if n in numbers}, refresh=False)
         self.bar.update(step - self.bar.n)
         if self.report_to == "none":
             return
         try:
             if self.tracker is None:
                 if self.report_to != "tensorboard":  # wandb reads along
-                    import wandb
-
-                    wandb.init(sync_tensorboard=True)
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.tracker = SummaryWriter(self.folder / "logs")
+                    importlib.import_module("wandb").init(sync_tensorboard=True)
+                tensorboard = importlib.import_module("torch.utils.tensorboard")
+                self.tracker = tensorboard.SummaryWriter(self.folder / "logs")
             for name, value in numbers.items():
                 self.tracker.add_scalar(f"{kind}/{name}", value, step)
             if picture:
@@ -1088,12 +1088,11 @@ def fine_tune(config, settings, cards, base, rows, found, manifest, identity):
     same_folder = all(all_gather_objects((folder / ".lock").exists()))  # rank 0 has made it
     require(same_folder, f"--output_dir {folder}: all machines must share it")
     encoded = encode(config, base, rows, device)
-    rows = len(encoded.train)
-    identity |= {"training data": f"{rows} rows, digest {digest(*encoded.train)}"}
+    identity |= {"training data": f"{len(encoded.train)} rows, digest {digest(*encoded.train)}"}
     check_same_run(manifest, identity)
     start = manifest.get("step", 0)
     skipped = manifest.get("skipped", 0)
-    steps = count_steps(config, rows)
+    steps = count_steps(config, len(encoded.train))
     if manifest.get("steps", steps) != steps:
         log0(f"the learning rate's schedule was made for {manifest['steps']} steps, now it is for {steps}")
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32

@@ -4,7 +4,6 @@ FOLDER, tests/base by default, is laid out as CogView4-6B is. Its VAE reconstruc
 shapes and their outlines; its transformer draws such shapes from a caption, without any control. The text encoder is a
 random GLM over a tokenizer that knows the words: its features tell captions apart, and no more is needed."""
 
-import collections
 import functools
 import json
 import random
@@ -32,7 +31,6 @@ def fit(model, loss_of, steps, rate, **options):
     """AdamW on loss_of() with one cycle of the learning rate."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True, **options)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05)
-    losses = collections.deque(maxlen=250)
     for step in range(1, steps + 1):
         loss = loss_of()
         optimizer.zero_grad()
@@ -40,9 +38,8 @@ def fit(model, loss_of, steps, rate, **options):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        losses.append(loss.item())
         if step % 250 == 0:
-            print(f"step {step}: loss {sum(losses) / 250:.4f}", flush=True)
+            print(f"step {step}: loss {loss.item():.4f}", flush=True)
 
 
 def vae_loss(vae, images, controls, used):

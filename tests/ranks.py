@@ -19,7 +19,6 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from unittest import mock
 
 import psutil
 import torch
@@ -48,7 +47,7 @@ class Nursery(contextlib.AbstractContextManager):
             print(json.dumps(question, default=str), file=self.process.stdin, flush=True)
             return json.loads(self.process.stdout.readline())
 
-    def run(self, job, world, folder, hurt=lambda pids: None, quiet=60, env={}, **options):
+    def run(self, job, world, folder, hurt=lambda pids: None, quiet=60, env={}):
         """Starts ranks, hurt(pids), waits for their end -> (exit codes, output of all ranks).
 
         This process serves the rendezvous: no other can take its port. What goes wrong, or hangs (see wait), ends the
@@ -61,7 +60,7 @@ class Nursery(contextlib.AbstractContextManager):
         for rank, log in enumerate(logs):
             place = common | {"RANK": rank, "LOCAL_RANK": rank} if world > 1 else {}  # one: as `python cv4ctrl.py`
             log.write_text("")
-            codes[self.ask(job=job, log=log, env={k: str(v) for k, v in (place | env).items()}, **options)] = None
+            codes[self.ask(job=job, log=log, env={k: str(v) for k, v in (place | env).items()})] = None
         try:
             hurt(list(codes))
             self.wait(codes, quiet)
@@ -79,16 +78,15 @@ class Nursery(contextlib.AbstractContextManager):
         """Fills in {pid: exit code}. Where a rank fails the others are asked to end, as by a launcher.
 
         However busy the machine, ranks hang that do not compute for a second in `quiet` seconds; or, where they have
-        started processes such as a compiler, in ten times as many; or that take half an hour: AssertionError."""
-        began = since = time.monotonic()
-        used, failed = 0, False
+        started processes such as a compiler, in ten times as many: AssertionError."""
+        used, since, failed = 0, time.monotonic(), False
         while living := [psutil.Process(pid) for pid in codes if codes[pid] is None]:
             seconds = sum(sum(process.cpu_times()[:2]) for process in living)
             if abs(seconds - used) > 1:
                 used, since = seconds, time.monotonic()
-            idle, took = time.monotonic() - since, time.monotonic() - began
-            works = idle < quiet or (idle < 10 * quiet and any(rank.children() for rank in living))
-            assert works and took < 1800, f"ranks hang: not a second of work in {idle:.0f} s, or {took:.0f} s in all"
+            idle = time.monotonic() - since
+            limit = 10 * quiet if any(rank.children() for rank in living) else quiet
+            assert idle < limit, f"ranks hang: not a second of work in {idle:.0f} s"
             for process in living if any(codes.values()) and not failed else ():
                 process.terminate()
             failed = any(codes.values())
@@ -111,13 +109,9 @@ def launch(world, *jobs, **options):
 
 
 def rows(folder):
-    """Rows of training in metrics.jsonl."""
-    return [row for row in map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines()) if "loss" in row]
-
-
-def logged(folder):
-    """Lines of metrics.jsonl so far."""
-    return sum(len(file.read_text().splitlines()) for file in Path(folder).glob("metrics.jsonl"))
+    """Rows of training in metrics.jsonl, none if there is no such file."""
+    lines = [line for file in Path(folder).glob("metrics.jsonl") for line in file.read_text().splitlines()]
+    return [row for row in map(json.loads, lines) if "loss" in row]
 
 
 def weights(folder):
@@ -133,13 +127,13 @@ def same(a, b, tolerance=None):
     return all((a[name] - b[name]).abs().max() <= tolerance * b[name].abs().max() for name in a)
 
 
-def be_rank(job, log, env, threads=1):
+def be_rank(job, log, env):
     """In a forked child: becomes a rank, does the job and ends."""
     os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), 1)
     os.dup2(1, 2)
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     os.environ.update(env)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     code, value = 1, None
     try:
         cv4ctrl = importlib.import_module("cv4ctrl")  # only now, since it looks for its rank
@@ -184,18 +178,6 @@ def gradients(argv, file):
         raise StopIteration
 
     main_with(argv, train=train)
-
-
-def count_encoders(argv):
-    """Runs a command line -> [calls of the VAE's encoder, calls of the text encoder] that it made."""
-    from diffusers import AutoencoderKL
-    from transformers import GlmModel
-
-    count = functools.partial(mock.patch.object, autospec=True)
-    with count(AutoencoderKL, "encode", side_effect=AutoencoderKL.encode) as pictures:
-        with count(GlmModel, "forward", side_effect=GlmModel.forward) as captions:
-            main_with(argv)
-    return [pictures.call_count, captions.call_count]
 
 
 if __name__ == "__main__":

@@ -22,17 +22,14 @@ from ranks import launch
 ROOT = Path(__file__).parents[1]
 
 
-def flags_of_the_demo(folder, run, *more):
-    """The flags in run.sh, with FOLDER for demo/ and FOLDER/RUN for its run."""
+def train(folder, seed=0):
+    """The demo with the flags in run.sh, in FOLDER instead of demo/ -> folder of the run."""
+    if not (folder / "data").exists():
+        tiny.make_data(folder / "data", 2048)
     words = re.search(r'flags=\((.*?)"\$@"\)', (ROOT / "run.sh").read_text(), re.DOTALL)[1].replace("\\\n", " ")
-    words = words.replace("$here/demo/run", f"{folder}/{run}").replace("$here/demo", str(folder))
-    return [*shlex.split(words.replace("$here", str(ROOT))), *map(str, more)]
-
-
-def train(folder):
-    """The demo with fewer evaluations, which conftest.py starts beside the other tests."""
-    tiny.make_data(folder / "data", 2048)
-    return launch(1, flags_of_the_demo(folder, "run", "--validation_steps", 290))
+    words = words.replace("$here/demo/run", f"{folder}/{seed}").replace("$here/demo", str(folder))
+    assert launch(1, [*shlex.split(words.replace("$here", str(ROOT))), "--seed", seed]) == [[0, None]]
+    return folder / str(seed)
 
 
 def overlap(images, targets, captions):
@@ -62,16 +59,17 @@ def probes(run):
 
 
 @pytest.fixture(scope="module")
-def run(demo):
-    assert demo[1].result() == [[0, None]]
-    return demo[0] / "run"
+def run(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("demo"))
 
 
+@pytest.mark.long
 def test_the_control_gain_rises_from_nothing(run):
     gains = {row["step"]: row["control_gain"] for row in probes(run)}
-    assert list(gains) == [0, 290, 580] and abs(gains[0]) < 0.01 and gains[580] > 4, gains
+    assert list(gains) == [0, 145, 290, 435, 580] and abs(gains[0]) < 0.01 and gains[580] > 4, gains
 
 
+@pytest.mark.long
 def test_drawn_shapes_follow_their_own_outline(run):
     own, swapped = fidelity(run)
     assert own > 0.8 and swapped < 0.4, (own, swapped)
@@ -82,19 +80,18 @@ def test_the_score_itself():
     assert overlap(targets, targets, captions) == 1 and overlap(targets[1:] + targets[:1], targets, captions) < 0.3
 
 
+@pytest.mark.long
 def test_the_picture_of_the_demo(run, tmp_path):
     progress.progress(run, tmp_path / "progress.png")
     picture = Image.open(tmp_path / "progress.png")
-    assert picture.size == (5 * 192, 16 + 4 * 192)  # control, steps 0, 290, 580, target; four cases
-    assert len({picture.crop((192 * n, 16, 192 * n + 192, 208)).tobytes() for n in range(5)}) == 5
+    assert picture.size == (7 * 192, 16 + 4 * 192)  # control, five steps, target; four cases
+    assert len({picture.crop((192 * n, 16, 192 * n + 192, 208)).tobytes() for n in range(7)}) == 7
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    tiny.make_data(folder / "data", 2048)
     table = pandas.DataFrame(columns=["seconds", "control gain", "overlap", "overlap, swapped"])
     for seed in range(3):
-        run, start = folder / f"seed-{seed}", time.time()
-        assert launch(1, flags_of_the_demo(folder, run.name, "--seed", seed)) == [[0, None]]
+        start = time.time()
+        run = train(Path(sys.argv[1]), seed)
         table.loc[seed] = [time.time() - start, probes(run)[-1]["control_gain"], *fidelity(run)]
     print(table.agg(["mean", "min", "max"]).to_string(float_format="%.3g"))

@@ -15,7 +15,6 @@ from diffusers.utils import load_image
 from PIL import Image
 
 import cv4ctrl
-import ranks
 import tiny
 
 FOLDER = Path(skimage.__file__).parent / "data"
@@ -29,46 +28,36 @@ def edges(file, side):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, device, flags):
-    """Folder of three runs: from parquet with canny controls, the same from JSON lines, and from photographs alone."""
+    """Folder of two runs: from parquet with canny controls, and from JSON lines with photographs alone."""
     folder, rows, lines = tmp_path_factory.mktemp("photos"), [], []
     for photo in sorted(file for file in FOLDER.iterdir() if file.suffix in (".png", ".jpg", ".gif")):
         rows.append((photo.read_bytes(), tiny.png(edges(photo, 256)), photo.stem.replace("_", " ")))
-        (folder / f"{photo.stem}-canny.png").write_bytes(rows[-1][1])
-        lines.append({"image": str(photo), "conditioning_image": f"{photo.stem}-canny.png", "text": rows[-1][2]})
+        lines.append({"image": str(photo), "text": rows[-1][2]})
     common = {"mixed_precision": "bf16", "encoded_dir": folder / "encoded"}
     cv4ctrl.main(flags(folder / "parquet", dataset_name=tiny.write_parquet(folder / "data", rows), **common))
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    common |= {"dataset_name": None, "jsonl_for_train": folder / "train.jsonl"}
-    assert ranks.count_encoders(flags(folder / "jsonl", **common)) == [0, 0]  # the same content, the same keys
-    drawn = {"num_validation_images": 1, "num_inference_steps": 2, "validation_prompt": ["a cat"]}
-    drawn |= {"validation_image": [FOLDER / "chelsea.png"], "conditioning_image_column": "none", "control": "canny"}
-    cv4ctrl.main(flags(folder / "canny", **common, **drawn))
+    common |= {"dataset_name": None, "jsonl_for_train": folder / "train.jsonl", "control": "canny"}
+    cv4ctrl.main(flags(folder / "canny", **common, num_validation_images=1, num_inference_steps=2))
     return folder
 
 
-def test_photographs_train_from_parquet_and_json_lines_alike(runs):
-    parquet, jsonl = (ranks.weights(runs / run / "checkpoint-2" / "transformer") for run in ("parquet", "jsonl"))
-    assert ranks.same(parquet, jsonl) and parquet["patch_embed.proj.weight"][:, 64:].any()
-
-
 @torch.no_grad()
-def test_controls_are_made_by_the_detector_also_for_validation(runs, base, device):
+def test_controls_are_made_by_the_detector(runs, base, device):
     config = cv4ctrl.Config(**json.loads((runs / "canny" / "run.json").read_text())["config"])
     encoded = cv4ctrl.encode(config, base, cv4ctrl.open_dataset(config), device)
-    (row,) = (row for row in (*encoded.train, *encoded.held_out) if row.control == encoded.cases[0].control)
-    assert row.control != row.image
+    lines = (runs / "train.jsonl").read_text().splitlines()
+    (row,) = (row for row in (*encoded.train, *encoded.held_out) if "chelsea" in lines[row.id])
     pixels = VaeImageProcessor(8).preprocess(edges(FOLDER / "chelsea.png", 64), 64, 64).bfloat16()
     posterior = AutoencoderKL.from_pretrained(base / "vae", dtype=torch.bfloat16).encode(pixels).latent_dist
     assert torch.equal(encoded.entry(row.control), posterior.parameters[0])
-    assert Image.open(runs / "canny/validation/step-2.png").size == (2 * 64, 64)  # no target
+    assert Image.open(runs / "canny/validation/step-2.png").size[0] == 3 * 64  # control, generated, target
 
 
 def test_detectors_on_offer_take_our_arguments(flags, refused, tmp_path, monkeypatch):
-    offer = refused(flags(tmp_path / "out", control="x")).partition("must be ")[2]
+    offer = refused(flags(tmp_path / "out", control="x")).partition("one of ")[2].split(", ")
     classes = {name.lower(): kind for name, kind in vars(controlnet_aux).items() if inspect.isclass(kind)}
-    names = set(re.findall(r"\w+", offer)) - {"column", "or", "one", "of"}
-    assert {"canny", "openpose", "midas"} <= names
-    for name in names:
+    assert {"canny", "openpose", "midas"} <= set(offer)
+    for name in offer:
         detector = classes[f"{name.replace('_', '')}detector"]
         assert {"detect_resolution", "image_resolution"} <= inspect.signature(detector.__call__).parameters.keys(), name
         assert name == "canny" or hasattr(detector, "from_pretrained"), name
