@@ -13,7 +13,7 @@ cv4ctrl.torch.set_num_threads(1)  # as in the ranks that are started: what is en
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="also the tests marked long: some ten minutes more")
+    parser.addoption("--long", action="store_true", help="also the tests marked long: some six minutes more")
 
 
 def pytest_configure(config):

@@ -28,7 +28,8 @@ validation_steps tracker_project_name jsonl_for_train only_target_transformer_bl
 upcast_before_saving weighting_scheme logit_mean logit_std mode_scale offload log_dataset_samples push_to_hub
 hub_model_id use_8bit_adam hub_token""".split()
 REFUSED = """revision weighting_scheme logit_mean logit_std validation_image validation_prompt use_8bit_adam hub_token
-only_target_transformer_blocks variant log_dataset_samples scale_lr allow_tf32 cache_dir logging_dir tracker_project_name lr_num_cycles lr_power offload mode_scale"""
+only_target_transformer_blocks variant log_dataset_samples scale_lr allow_tf32 cache_dir logging_dir
+tracker_project_name lr_num_cycles lr_power offload mode_scale"""
 
 
 def engine_file(folder, setting):

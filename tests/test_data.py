@@ -244,6 +244,18 @@ def test_files_that_do_not_belong_together_are_told_with_their_columns(config, t
         captions(config, tmp_path / "data")
 
 
+@pytest.mark.parametrize("file", ["empty.png", "cut.png", "folder.png", "nowhere.png", "bomb.png"])
+def test_files_that_hold_no_picture(file, read, tmp_path):
+    whole = encoded_as(Image.effect_noise((64, 64), 50))["bytes"]
+    contents = {"empty.png": b"", "cut.png": whole[:-300], "bomb.png": encoded_as(Image.new("1", (20_000, 20_000)))}
+    contents["bomb.png"] = contents["bomb.png"]["bytes"]  # it would take 1.2 GB
+    if file in contents:
+        (tmp_path / file).write_bytes(contents[file])
+    (tmp_path / "folder.png").mkdir()
+    found, wrong = read({"image": {"bytes": whole}, "conditioning_image": str(tmp_path / file), "text": "a"})
+    assert found is None and wrong.startswith("row 0, conditioning_image: ") and "\n" not in wrong
+
+
 @pytest.mark.parametrize("value", ["", None, {"bytes": None, "path": None}, {"bytes": b"", "path": ""}])
 def test_a_row_without_picture(value, read):
     row = {"image": encoded_as(Image.new("RGB", (64, 64))), "conditioning_image": value, "text": "a"}

@@ -15,10 +15,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from PIL import Image
 
 import cv4ctrl
-import tiny
 from ranks import launch, main_with, rows, same, shared_nursery, weights
 
 NEEDS_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="DeepSpeed's optimizer for the host needs g++")
@@ -207,36 +205,6 @@ def test_nothing_is_unpickled(run, words, half, base, data, tmp_path):
     assert not (tmp_path / "boom").exists()
     pickle.loads(bomb)
     assert (tmp_path / "boom").exists()  # it does go off
-
-
-def test_bad_rows_of_every_kind(config, device, base, tmp_path, capsys):
-    """Each is counted and left out, or used; none stops the others."""
-
-    def save(name, image, **options):
-        image.save(tmp_path / name, **options)
-        return name
-
-    picture = tiny.draw_pair(random.Random(0))[0]
-    used = {"as it is": save("whole.png", picture)}
-    used |= {"animated": save("animated.gif", picture, save_all=True, append_images=[picture.rotate(90)])}
-    used |= {"a dot": save("dot.png", Image.new("L", (1, 1))), "long": save("long.png", Image.new("L", (30_000, 10)))}
-    used |= dict.fromkeys(["", "10,000 characters " * 600, "NUL \0 inside"], "whole.png")
-    (tmp_path / "empty.png").write_bytes(b"")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-300])
-    (tmp_path / "folder.png").mkdir()
-    bomb = save("bomb.png", Image.new("1", (20_000, 20_000)))
-    bad = [("text", file) for file in ("empty.png", "cut.png", "folder.png", "nowhere.png", bomb, None)]
-    pairs = [*used.items(), *bad, (None, "whole.png")]
-    lines = [{"image": file, "conditioning_image": "whole.png", "text": text} for text, file in pairs]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    options = {"dataset_name": None, "jsonl_for_train": tmp_path / "rows.jsonl", "encoded_dir": tmp_path / "cache"}
-    lenient = config(tmp_path / "out", **options, probe_samples=0, max_sequence_length=64, skip_bad_rows=True)
-    encoded = cv4ctrl.encode(lenient, base, cv4ctrl.open_dataset(lenient), device)
-    counted = f"row {len(used)}, image: .*{len(bad) + 1} of {len(lines)} rows"
-    assert re.search(counted, capsys.readouterr().err)
-    assert [row.id for row in encoded.train] == list(range(len(used)))
-    assert all(encoded.latents(row.image).isfinite().all() for row in encoded.train)
-    assert max(len(encoded.entry(row.caption)) for row in encoded.train) == 64
 
 
 def nan_on_rank_1(argv, *bad):
