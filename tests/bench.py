@@ -182,19 +182,6 @@ def section_switches(bench):
         yield {"flag": flag} | bench.in_turn(("on ms", "off ms", "on costs more %"), *steps)
 
 
-def section_growth(bench):
-    """a step by batch size and resolution"""
-    side = bench.flags.resolution
-    sizes = [(batch, side) for batch in (1, 2, 4, 8, 16)]
-    sizes += [(bench.flags.train_batch_size, int(side * factor) // 16 * 16) for factor in (0.5, 1.5, 2)]
-    engine, shared = bench.engine(bench.config())
-    for batch, side in sizes:
-        config = bench.config(train_batch_size=batch, resolution=side)
-        shared = cv4ctrl.prepare(engine.module, side, bench.device, shared["original_size"].dtype)
-        step = functools.partial(timed_step, config, engine, shared, bench.batches(config))
-        yield {"batch": batch, "px": side, "ms": spread(bench.times(step)[0], 1e3)}
-
-
 def section_mixed(bench):
     """captions of 16 to 64 tokens in one micro-batch, padded and masked, against as many of the longest, in turn"""
     config = bench.config()

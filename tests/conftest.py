@@ -1,6 +1,8 @@
 """One tiny base, one data set and one cache of encoded data for the whole suite."""
 
+import importlib
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,19 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "long: only with --long")
     if not config.getoption("--long"):
         config.option.markexpr = config.option.markexpr or "not long"
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name == "test_demo.py")  # last: it trains beside the others
+
+
+@pytest.fixture(scope="session", autouse=True)
+def demo(request, tmp_path_factory):
+    """Future of the demo's training beside the other tests: the folder of its run."""
+    wanted = any(item.path.name == "test_demo.py" for item in request.session.items)
+    with ThreadPoolExecutor() as pool:
+        train = importlib.import_module("test_demo").train
+        yield pool.submit(train, tmp_path_factory.mktemp("demo")) if wanted else None
 
 
 @pytest.fixture(scope="session")

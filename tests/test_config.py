@@ -65,28 +65,6 @@ def test_the_table_of_differences_from_the_example_is_right():
         assert {"on": "True", "off": "False"}.get(default, default) == str(FLAGS[name].default), name
 
 
-def test_the_accelerate_file_has_its_counterparts(config, tmp_path):
-    """All of the table in one file."""
-    section = (ROOT / "tests" / "NOTES.md").read_text().split("| accelerate_ds.yaml")[1]
-    parts = [json.loads(part) for part in re.findall(r"`(\{.*?\})`", section)]
-    zero = {key: value for part in parts for key, value in part.pop("zero_optimization", {}).items()}
-    whole = functools.reduce(dict.__or__, parts, {"zero_optimization": zero})
-    (tmp_path / "ds.json").write_text(json.dumps(whole))
-    settings = cv4ctrl.engine_settings(config(deepspeed_config=tmp_path / "ds.json", mixed_precision="bf16"))
-    zero = settings["zero_optimization"]
-    assert (zero["stage"], zero["offload_optimizer"]["device"], settings["bf16"]["enabled"]) == (2, "cpu", True)
-    assert (settings["gradient_clipping"], settings["gradient_accumulation_steps"]) == (1.0, 1)
-
-
-def test_dash_and_underscore_are_the_same_and_booleans_can_be_switched_off():
-    first = "--train-batch-size 2 --no-gradient-checkpointing --learning-rate=1e-3 --output_dir a_b"
-    second = "--train_batch_size=2 --no_gradient_checkpointing --learning_rate 1e-3 --output_dir=a_b"
-    config = cv4ctrl.parse(first.split())
-    found = (config.train_batch_size, config.gradient_checkpointing, config.learning_rate, config.output_dir)
-    assert found == (2, False, 1e-3, "a_b") and config == cv4ctrl.parse(second.split())
-    assert cv4ctrl.parse(["--local_rank=3"]) == cv4ctrl.parse([]) == cv4ctrl.Config()  # the deepspeed launcher's
-
-
 def test_defaults_are_the_recipe_of_the_original_document():
     recipe = {"learning_rate": 5e-5, "adam_weight_decay": 1e-4, "lr_scheduler": "cosine", "lr_warmup_steps": 1000}
     recipe |= {"train_batch_size": 8, "mixed_precision": "bf16", "resolution": 1024, "gradient_checkpointing": True}

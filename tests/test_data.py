@@ -8,6 +8,7 @@ import shutil
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -120,10 +121,8 @@ def captions(config, folder, **options):
 def test_a_folder_of_parquet_files_is_read_whole(config, tmp_path, capsys):
     parquet(tmp_path / "some named" / "train", 20)
     parquet(tmp_path / "some named" / "more", 60, 20)
-    assert captions(config, tmp_path / "some named") == list(range(80))
-    parquet(tmp_path / "a" / "x" / "one", 20)
-    parquet(tmp_path / "a" / "y" / "two", 60, 20)
-    assert captions(config, tmp_path / "a") == list(range(80)) and "left out" not in capsys.readouterr().err
+    parquet(tmp_path / "some named" / "below" / "more", 10, 80)
+    assert captions(config, tmp_path / "some named") == list(range(90)) and "left out" not in capsys.readouterr().err
 
 
 def test_of_named_splits_train_is_taken_and_the_others_are_named(config, tmp_path, capsys):
@@ -193,35 +192,33 @@ def test_relative_paths_belong_to_the_data_set_and_not_to_the_working_folder(for
         assert not wrong and parts[row.control][0, 1].max() < 0.5, wrong
 
 
-def test_captions_that_are_no_text_are_bad_rows(config, refused, flags, base, tmp_path, monkeypatch):
+def wrongs(config):
+    """What is wrong with each row of a data set."""
+    rows = cv4ctrl.open_dataset(config)
+    return [cv4ctrl.read_row(config, ("pictures", "captions"), {}, rows, id)[1] for id in range(len(rows))]
+
+
+def test_captions_that_are_no_text_are_bad_rows(config, flags, tmp_path):
     """Not UTF-8, a dictionary, a number, nothing: also with --dry_run nothing worse happens."""
-    picture = tmp_path / "a.png"
-    Image.new("RGB", (64, 64)).save(picture)
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     start = b'{"image": "a.png", "conditioning_image": "a.png", "text": '
     values = [b'"fine"', b'"caf\xe9"', b'"\\ud800"', b'{"en": "a"}', b"7", b"null", b'["a"]']
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join(start + value + b"}" for value in values))
     options = {"dataset_name": None, "jsonl_for_train": tmp_path / "rows.jsonl", "train_batch_size": 1}
-    here = config(**options)
-    rows = cv4ctrl.open_dataset(here)
-    found = [cv4ctrl.read_row(here, ("pictures", "captions"), {}, rows, id)[1] for id in range(len(rows))]
+    found = wrongs(config(**options))
     assert not found[0] and all(text.startswith(f"row {id}, text: ") for id, text in enumerate(found) if id)
     assert "not {'en': 'a'}" in found[3] and "surrogates" in found[1]
     cv4ctrl.main([*flags(tmp_path / "out", **options), "--dry_run"])
 
 
 def test_a_parquet_caption_that_is_not_utf8_is_a_bad_row(config, flags, tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
     raw = pyarrow.array([b"fine", b"caf\xe9"], pyarrow.binary())
     text = pyarrow.Array.from_buffers(pyarrow.string(), 2, raw.buffers())
     columns = {"image": ["a.png"] * 2, "conditioning_image": ["a.png"] * 2, "text": text}
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     options = {"dataset_name": tmp_path / "rows.parquet", "train_batch_size": 1}
-    here = config(**options)
-    rows = cv4ctrl.open_dataset(here)
-    found = [cv4ctrl.read_row(here, ("pictures", "captions"), {}, rows, id)[1] for id in range(2)]
+    found = wrongs(config(**options))
     assert not found[0] and found[1].startswith("row 1, text: ") and "utf-8" in found[1]
     cv4ctrl.main([*flags(tmp_path / "out", **options), "--dry_run"])
 

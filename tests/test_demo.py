@@ -57,9 +57,9 @@ def control_gains(run):
     return {row["step"]: row["control_gain"] for row in found if "control_gain" in row}
 
 
-def test_the_demo_learns_to_follow_outlines(tmp_path):
+def test_the_demo_learns_to_follow_outlines(demo, tmp_path):
     """The control gain rises from nothing, drawn shapes follow their own outline, and the picture shows both."""
-    run = train(tmp_path)
+    run = demo.result()
     gains = control_gains(run)
     assert list(gains) == [0, 145, 290, 435, 580] and abs(gains[0]) < 0.01 and gains[580] > 4, gains
     own, swapped = fidelity(run)

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import re
 import shutil
 import signal
 from unittest import mock
@@ -102,15 +101,6 @@ def test_hits_and_misses(encode, base, tmp_path):
         file = next(file for file in (other / part).iterdir() if file.suffix == ".json")
         file.write_text(file.read_text() + "\n")
         assert encode(rows, base=other)[1:] == expected
-
-
-def test_an_entry_is_a_bf16_tensor_named_by_its_key_for_all_to_read(encode, tmp_path):
-    encode([tiny.make_rows(1)[0]] * 5)
-    files = list((tmp_path / "cache").iterdir())
-    assert len(files) == 4  # image, control, caption, ""
-    for file in files:
-        assert re.fullmatch(r"[0-9a-f]{32}\.safetensors", file.name) and file.stat().st_mode & 0o777 == 0o644
-        assert {name: tensor.dtype for name, tensor in load_file(file).items()} == {"entry": torch.bfloat16}
 
 
 def die_while_saving(argv):

@@ -13,7 +13,6 @@ import weakref
 import diffusers
 import pytest
 import torch
-from diffusers.optimization import get_scheduler
 
 import cv4ctrl
 import tiny
@@ -223,17 +222,6 @@ def test_another_sample_stream_is_refused_by_name(change, copy, flags, refused, 
     line = refused(flags(copy, **SIX | change), progress=True)
     assert ("training data" if flag in ("probe_samples", "dataset_name") else flag) + " was " in line
     assert sorted(copy.rglob("*")) == before
-
-
-@pytest.mark.parametrize("name", ["cosine", "linear", "constant", "constant_with_warmup"])
-def test_the_learning_rate_is_that_of_diffusers_schedules(name, config):
-    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=1e-3)
-    theirs = get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=12)
-    ours = cv4ctrl.learning_rate(config(lr_scheduler=name, lr_warmup_steps=3), 12)
-    for step in range(12):
-        assert ours(step) == pytest.approx(theirs.get_last_lr()[0], rel=1e-9, abs=1e-12)
-        optimizer.step()
-        theirs.step()
 
 
 def test_each_step_has_its_learning_rate(trained):
