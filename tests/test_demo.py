@@ -26,7 +26,7 @@ def train(folder, seed=0):
         tiny.make_data(folder / "data", 2048)
     words = re.search(r'flags=\((.*?)"\$@"\)', (ROOT / "run.sh").read_text(), re.DOTALL)[1].replace("\\\n", " ")
     words = words.replace("$here/demo/run", f"{folder}/{seed}").replace("$here/demo", str(folder))
-    assert launch(1, [*shlex.split(words.replace("$here", str(ROOT))), "--seed", seed]) == [[0, None]]
+    assert launch(1, [*shlex.split(words.replace("$here", str(ROOT))), "--seed", str(seed)]) == [[0, None]]
     return folder / str(seed)
 
 
