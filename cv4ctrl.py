@@ -67,7 +67,7 @@ UTILISATION = 0.4  # of a card's peak; published full fine-tunings of this size 
 
 # === configuration ==========================================================================================
 class Failure(Exception):
-    """Ends the run with one line. code: 1 failed while running, 2 a wrong request, 75 stopped by a signal."""
+    """Ends the run with one line. code: 1 a failure, 2 a wrong request, 75 stopped by a signal."""
 
     def __init__(self, message, code=1):
         super().__init__(message)
@@ -82,7 +82,7 @@ def require(condition, message):
 
 @contextlib.contextmanager
 def explained(what, code=2):
-    """Turns any exception inside into a Failure of one line; libraries and decoders raise what they like."""
+    """Turns any exception inside into a Failure of one line."""
     try:
         yield
     except Exception as error:
@@ -92,7 +92,7 @@ def explained(what, code=2):
 
 
 def flag(default, help):
-    """A field of Config; HfArgumentParser takes its name, type and help from here."""
+    """A field of Config, for HfArgumentParser."""
     return dataclasses.field(default=default, metadata={"help": help})
 
 
@@ -109,10 +109,10 @@ class Config:
     conditioning_image_column: str = flag("conditioning_image", "column of the control image")
     caption_column: str = flag("text", "column of the caption")
     skip_bad_rows: bool = flag(False, "leave out rows that cannot be read")
-    control: str = flag("column", "column, or a detector of controlnet_aux such as canny, openpose")
+    control: str = flag("column", "column, or a detector of controlnet_aux such as canny")
     resolution: int = flag(1024, "pictures are resized to N x N pixels")
     max_sequence_length: int = flag(1024, "captions are cut to N tokens")
-    encoded_dir: str | None = flag(None, "cache to share between runs; default: OUTPUT_DIR/encoded")
+    encoded_dir: str | None = flag(None, "cache, to share between runs; default: OUTPUT_DIR/encoded")
     output_dir: str = flag("pose-control", "folder of the run")
     seed: int = flag(0, "of data order, timesteps, noise and caption dropout")
     mixed_precision: Literal["bf16", "no"] = flag("bf16", "no is fp32; fp16 and fp8 are not supported")
@@ -131,7 +131,7 @@ class Config:
     adam_epsilon: float = flag(1e-8, "added to the root of the second moment")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: never")
     proportion_empty_prompts: float = flag(0.0, "share of samples trained without caption, 0 to 1")
-    dataloader_num_workers: int = flag(8, "threads per rank that read pictures and prepare micro-batches")
+    dataloader_num_workers: int = flag(8, "threads per rank that read data")
     checkpointing_steps: int = flag(1000, "steps between checkpoints")
     checkpoints_total_limit: int = flag(2, "newest checkpoints that are kept; 0: all")
     resume_from_checkpoint: Literal["latest"] = flag("latest", "no effect: a run always continues")
@@ -140,18 +140,18 @@ class Config:
     num_validation_images: int = flag(1, "pictures for each of up to four held-out rows; 0: none")
     num_inference_steps: int = flag(50, "Euler steps of a validation picture")
     guidance_scale: float = flag(3.5, "for validation pictures; 1 or less: off")
-    probe_samples: int = flag(32, "rows held out of training, at most a tenth of all")
+    probe_samples: int = flag(32, "rows that are held out, at most a tenth of all")
     push_to_hub: bool = flag(False, "upload the weights at the end")
     hub_model_id: str | None = flag(None, "repository; default: the name of OUTPUT_DIR")
     report_to: Literal["none", "tensorboard", "wandb", "all"] = flag("none", "trackers")
-    deepspeed_config: str | None = flag(None, "engine settings; default: ds_config.json beside this file")
-    timeout_minutes: int = flag(120, "longest time for one step, its evaluation and checkpoint")
+    deepspeed_config: str | None = flag(None, "engine settings; default: the shipped ds_config.json")
+    timeout_minutes: int = flag(120, "limit of a step with its evaluation and checkpoint")
     dry_run: bool = flag(False, "check everything, print the plan, load nothing")
     plan_for: str | None = flag(None, "print the plan for other cards, such as 8xA100-80GB")
 
 
 MAY_BE_ZERO = "seed lr_warmup_steps checkpoints_total_limit probe_samples num_validation_images".split()
-# What decides which samples a run sees and what its state looks like: a continued run must keep it.
+# What decides the samples of a run and the layout of its state: a continued run must keep it.
 IDENTITY = """pretrained_model_name_or_path seed total_batch_size resolution max_sequence_length control
 mixed_precision proportion_empty_prompts""".split()
 
@@ -174,7 +174,7 @@ def check(config):
         if type(value) in (int, float):
             least = 1 if type(value) is int and name not in MAY_BE_ZERO else 0
             require(least <= value < 2**63, f"--{name} {value}: must be a finite number of at least {least}")
-    launched = "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) == 1
+    launched = "RANK" in os.environ or os.environ.get("SLURM_NTASKS", "1") in ("", "1")
     require(launched, "Slurm started several tasks: start one a machine, `srun torchrun ... cv4ctrl.py`")
     require(config.resolution % PIXELS_PER_TOKEN == 0, "--resolution: must be a multiple of 16")
     require(max(config.adam_beta1, config.adam_beta2) < 1, "--adam_beta1, --adam_beta2: must be below 1")
@@ -184,7 +184,7 @@ def check(config):
 
 
 def resolve(config, world):
-    """Config with batch sizes, cache folder and control column filled in for `world` ranks."""
+    """Config with batch sizes, cache folder and control column filled in."""
     asked = config.gradient_accumulation_steps
     micro = config.train_batch_size * world
     total = config.total_batch_size or micro * asked
@@ -221,8 +221,8 @@ def load_transformer(folder, dtype=None, device="meta"):
         model = diffusers.CogView4Transformer2DModel.from_config(wide)
     if device == "meta":
         return model
-    files = set(Path(folder).glob("*model.safetensors"))
-    for index in Path(folder).glob("*.safetensors.index.json"):  # other files do not belong to the model
+    files = {Path(folder, "diffusion_pytorch_model.safetensors")}
+    for index in Path(folder).glob("diffusion_pytorch_model.safetensors.index.json"):
         files = {index.parent / name for name in json.loads(index.read_text())["weight_map"].values()}
     state = {}
     for file in files:
@@ -283,7 +283,7 @@ def batch_loss(model, shared, batch):
 
 # === ranks and files ========================================================================================
 def all_gather_objects(item):
-    """`item` of every rank, in the order of ranks, on every rank."""
+    """`item` of every rank, by rank, on every rank."""
     items = [None] * WORLD
     dist.all_gather_object(items, item)
     return items
@@ -291,7 +291,7 @@ def all_gather_objects(item):
 
 @contextlib.contextmanager
 def fail_together():
-    """A file error inside, on any rank, ends all ranks at the end of the block. Raises Failure."""
+    """A file error inside, on any rank, ends all ranks after the block. Raises Failure."""
     error = None
     try:
         yield
@@ -311,7 +311,7 @@ progress = functools.partial(tqdm, disable=RANK > 0, mininterval=0.1 if sys.stde
 
 
 def prefetch(function, items, threads):
-    """Yields function(item) of all items in order, computed ahead by threads (PIL and torch free the GIL)."""
+    """Yields function(item) of all items in order, computed ahead by threads."""
     waiting = []
     with ThreadPoolExecutor(threads) as pool:
         for item in items:
@@ -331,7 +331,7 @@ def digest(*parts):
 
 
 def write_aside(file, write, sync=True):
-    """Calls write(path) for a temporary file that then replaces `file`: no crash leaves it half-written."""
+    """Calls write(path) for a temporary file, then renames it: no crash leaves `file` half-written."""
     aside = file.with_name(f".{file.name}.{os.urandom(8).hex()}.tmp")
     file.parent.mkdir(parents=True, exist_ok=True)
     write(aside)
@@ -343,7 +343,7 @@ def write_aside(file, write, sync=True):
 
 
 # === encode once ============================================================================================
-# One safetensors file an entry, whose key is a digest of all that it depends on: so no entry can be stale.
+# One safetensors file an entry; its key is a digest of all that it depends on, so that none is stale.
 Row = namedtuple("Row", "id image control caption")
 
 
@@ -361,7 +361,7 @@ class Encoded(namedtuple("Encoded", "folder sizes train held_out empty")):
 
 
 def load_splits(name, config_name):
-    """{split: rows} of a data set on the hub, of a parquet file, or of a folder of one kind of files."""
+    """{split: rows} of a data set on the hub, a parquet file or a folder."""
     folder = Path(name)
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():  # of save_to_disk
         saved = datasets.load_from_disk(name)
@@ -369,11 +369,14 @@ def load_splits(name, config_name):
     pattern = glob.escape(os.path.abspath(name))
     if folder.is_file():
         return datasets.load_dataset("parquet", data_files=pattern)
-    if folder.exists() and pattern != os.path.abspath(name):  # datasets would not find it
+    if folder.exists() and pattern != os.path.abspath(name):  # datasets takes the name for a pattern
+        named = [file.name for word in ("test", "val", "dev") for file in folder.rglob(f"*{word}*")]
+        require(not named and not config_name, "rename the folder: brackets hide its splits")
         return datasets.load_dataset(name, data_files=f"{pattern}/**")
-    parquet = [] if config_name else list(folder.rglob("*.parquet"))
+    parquet = [] if config_name or (folder / "README.md").exists() else list(folder.rglob("[!._]*.parquet"))
     found = datasets.load_dataset_builder(name, config_name).config.data_files if parquet else {}
     if len(parquet) > sum(map(len, found.values())):  # where some are named after splits, it drops the others
+        require(list(found) == ["train"], f"only some files are named after splits: {list(map(str, found))}")
         return datasets.load_dataset(name, data_files=f"{pattern}/**/*.parquet")
     return datasets.load_dataset(name, config_name)
 
@@ -417,16 +420,14 @@ def load_detector(name):
 
 
 def read_picture(config, content, use):
-    """Content of a picture file -> (pixels (1, 3, H, W) in -1 ... 1 as in the pipeline, width / height). use:
-    target, column (it is the control) or the detector that makes the control of it. Raises ValueError."""
+    """Content of a picture file -> (pixels (1, 3, H, W) in -1 ... 1, width / height). Raises ValueError."""
     side = config.resolution
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
     if image.mode[0] in "IF":  # converted to RGB, as inference does it, it would be clipped
         raise ValueError(f"mode {image.mode} has more than 8 bits a channel: scale to 0 ... 255, save 8 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        opaque = image.getextrema()[3][0] == 255
-        if use == "column" and not opaque:
+        if use == "column" and image.getextrema()[3][0] < 255:
             raise ValueError("transparent pixels, which inference does not see: flatten the picture")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
@@ -457,7 +458,8 @@ def read_row(config, prefixes, known, rows, id):
         parts = {digest(of_captions, ""): "", caption: text}
         for column, use in sources:
             value = row.get(column)
-            value = value if isinstance(value, dict) else {"path": value}
+            if not isinstance(value, dict):
+                value = {"bytes" if isinstance(value, bytes) else "path": value}
             if not value.get("bytes") and not value.get("path"):
                 raise ValueError("no picture")
             content = value.get("bytes") or (folder / value["path"]).read_bytes()
@@ -551,7 +553,7 @@ def encode(config, base, rows, device):
     torch.cuda.empty_cache()
     parts, sizes, stops = zip(*all_gather_objects((mine, entries(), bool(stop_requests))))
     if any(stops):
-        raise Failure("stopped by a signal; encoded data are kept, the same command continues", 75)
+        raise Failure("stopped by a signal; the same command continues", 75)
     found = [parts[id % WORLD][id // WORLD] for id in range(len(rows))]
     bad = [about for row, about in found if not row]
     skewed = [about for row, about in found if row and about]
@@ -561,12 +563,12 @@ def encode(config, base, rows, device):
         log0(about)
     train, held_out = hold_out([row for row, _ in found if row], config.probe_samples)
     if len(held_out) < min(2, config.probe_samples):
-        log0("fewer than two different controls can be held out: control_gain is not measured")
+        log0("fewer than two controls can be held out: control_gain is not measured")
     return Encoded(folder, sizes[0], train, held_out, digest(of_captions, ""))
 
 
 # === sample stream ==========================================================================================
-# Sample k of a run is a pure function of (seed, k). Ranks, threads and restarts only decide who asks for it.
+# Sample k of a run is a pure function of (seed, k); ranks, threads and restarts only ask for it.
 def generator(*address):
     """Random generator of an address such as (seed, "noise", k)."""
     return torch.Generator().manual_seed(int(digest(*address)[:15], 16))
@@ -730,7 +732,7 @@ def merged(shipped, given, file, path=""):
     for key, value in given.items():
         default = shipped.get(key)
         choices = ENGINE_CHOICES.get(key, () if isinstance(value, str) else (value,))
-        typed = default == "auto" or type(value) is type(default)
+        typed = type(value) is type(default) or default == "auto" and isinstance(value, (int, float))
         known = key in shipped and typed and (value == default or value in choices)
         says = f"{file} says {path}{key} = {json.dumps(value)}"
         require(known, f"{says}, which is not known to train right; nor are fp16 and fp8")
@@ -765,7 +767,7 @@ def start_ranks(minutes):
         os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # needs a compiler, gloo does not
     accelerator = deepspeed.accelerator.get_accelerator()
-    accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    accelerator.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     torch.backends.cuda.enable_cudnn_sdp(False)  # gave NaN gradients with masks (pytorch#196678)
     timeout = datetime.timedelta(minutes=minutes)
     with explained(f"the ranks cannot meet at port {os.environ['MASTER_PORT']}, see --master_port", 1):
@@ -796,7 +798,7 @@ def start_engine(config, settings, model, found=None, adam_steps=0):
 
 
 def learning_rate(config, steps):
-    """Learning rate as a function of the step, by diffusers' schedules: it needs no state."""
+    """Learning rate as a function of the step, by diffusers' schedules."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
     options = (config.lr_scheduler, optimizer, None, config.lr_warmup_steps, steps)
     schedule = diffusers.optimization.get_scheduler(*options)
@@ -804,7 +806,7 @@ def learning_rate(config, steps):
 
 
 def save_checkpoint(engine, config, step, manifest):
-    """Writes checkpoint-<step> aside, the manifest last, and renames it; then the oldest ones are deleted."""
+    """Writes checkpoint-<step> aside, the manifest last, renames it, deletes the oldest ones."""
     folder = Path(config.output_dir)
     aside = folder / f".checkpoint-{step}.tmp"
     weights = dict(engine.module.named_parameters())
@@ -836,7 +838,7 @@ def save_checkpoint(engine, config, step, manifest):
 def checkpoints(folder):
     """{step: checkpoint-<step>} of a folder, oldest first."""
     found = {path.name.removeprefix("checkpoint-"): path for path in Path(folder).glob("checkpoint-*")}
-    return {int(step): found[step] for step in sorted(filter(str.isdigit, found), key=int)}
+    return {int(step): found[step] for step in sorted(filter(str.isdecimal, found), key=int)}
 
 
 def find_checkpoint(config):
@@ -851,14 +853,14 @@ def find_checkpoint(config):
                 if name.endswith(".safetensors"):
                     safe_open(folder / name, "pt")
             return folder, manifest
-        except (OSError, ValueError, TypeError, LookupError, SafetensorError) as error:
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, SafetensorError) as error:
             log0(f"{folder} is passed over: {error}")
-    require(not present, f"{config.output_dir} holds only damaged checkpoints; move them away to start anew")
+    require(not present, f"{config.output_dir} holds only damaged checkpoints: move them away")
     return None, {}
 
 
 def check_same_run(manifest, identity):
-    """Refuses to continue where the samples or the layout of the state would change. Raises Failure."""
+    """Refuses to continue where samples or state would change. Raises Failure."""
     for name, now in identity.items():
         saved = manifest.get("identity", {}).get(name, now)
         require(saved == now, f"{name} was {saved} and is {now}: restore it, or take another --output_dir")
@@ -902,8 +904,8 @@ class Log:
                 image = VaeImageProcessor.pil_to_numpy(Image.open(self.folder / picture))
                 self.tracker.add_images("validation", image, step, dataformats="NHWC")
             self.tracker.flush()
-        except Exception as error:  # no network, disk or login: each library has errors of its own
-            log0(f"--report_to {self.report_to}: {error}; the run continues without this tracker")
+        except Exception as error:  # of any kind: no network, no disk, no login
+            log0(f"--report_to {self.report_to}: {error}; the run goes on without this tracker")
             self.report_to = "none"
 
 
@@ -915,7 +917,7 @@ def train_step(engine, shared, batches, config, rate):
     for _ in range(config.gradient_accumulation_steps):
         loss = batch_loss(engine, shared, next(batches))
         engine.backward(loss)
-        engine.step()  # acts after the last micro-batch, and only where all gradients are finite
+        engine.step()  # acts after the last micro-batch, if all gradients are finite
         losses.append(loss.detach())
     if not engine.was_step_applied():  # with offloading DeepSpeed 0.19.8 keeps the sum of these gradients
         sums = getattr(engine.optimizer, "averaged_gradients", {})
@@ -932,7 +934,7 @@ def train(engine, stream, shared, base, identity, start, steps, skipped):
     rate = learning_rate(config, steps)
     log = Log(config, start, steps)
     watch = functools.partial(faulthandler.dump_traceback_later, 60 * config.timeout_minutes, exit=True)
-    watch()  # if a rank hangs, all ranks print their stacks and end
+    watch()  # if a rank hangs, all print their stacks and end
     in_a_row = 0
 
     def evaluate(step):
@@ -970,7 +972,7 @@ def train(engine, stream, shared, base, identity, start, steps, skipped):
 
 
 # === the plan ===============================================================================================
-# The devices of a run: their number; of one its name, bytes (inf if unknown) and bf16 FLOP/s (0 if unknown).
+# Devices of a run: their number; of one its name, bytes (or inf) and bf16 FLOP/s (or 0).
 Cards = namedtuple("Cards", "number name memory flops")
 
 
@@ -1024,7 +1026,7 @@ def fit_engine(config, settings, model, cards, tokens):
 
 
 def print_plan(config, zero, rows, steps, start, weights, cards, memory, flops):
-    """Prints what a run takes, by arithmetic; weights: their number; memory and flops: of cost_of_step."""
+    """Prints what a run takes, by arithmetic; weights: their number; memory, flops: see cost_of_step."""
     total = config.total_batch_size
     saved = weights * (16 if config.upcast_before_saving or config.mixed_precision == "no" else 14)
     encoded = 8 * rows * LATENT_CHANNELS * (config.resolution // PIXELS_PER_LATENT) ** 2
@@ -1046,7 +1048,7 @@ disk    {saved / 1e9:.1f} GB a checkpoint, {encoded / 1e9:.1f} GB of encoded pic
 
 # === main ===================================================================================================
 def find_base(config, weights):
-    """Folder of the base, downloaded if it is not a folder: with its weights or without. Raises Failure."""
+    """Folder of the base, with its weights or without, downloaded if need be. Raises Failure."""
     name = config.pretrained_model_name_or_path
     patterns = ["*.json", "*.txt", "*.model"] + ["*.safetensors"] * weights
     with explained(f"--pretrained_model_name_or_path {name}"):
@@ -1082,7 +1084,7 @@ def count_steps(config, rows):
 
 
 def fine_tune(config, settings, cards, base, rows, found, manifest, identity):
-    """Encodes the rows, trains, and puts the weights into output_dir -> optimizer steps. Raises Failure."""
+    """Encodes, trains, puts the weights into output_dir -> optimizer steps. Raises Failure."""
     folder = Path(config.output_dir)
     device = start_ranks(1.5 * config.timeout_minutes)  # the watch of train() is faster
     same_folder = all(all_gather_objects((folder / ".lock").exists()))  # rank 0 has made it
@@ -1094,7 +1096,7 @@ def fine_tune(config, settings, cards, base, rows, found, manifest, identity):
     skipped = manifest.get("skipped", 0)
     steps = count_steps(config, len(encoded.train))
     if manifest.get("steps", steps) != steps:
-        log0(f"the learning rate's schedule was made for {manifest['steps']} steps, now it is for {steps}")
+        log0(f"the schedule was made for {manifest['steps']} steps, now it is for {steps}")
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     model = load_transformer((found or base) / "transformer", dtype, device)
     if config.gradient_checkpointing:
@@ -1121,8 +1123,7 @@ def fine_tune(config, settings, cards, base, rows, found, manifest, identity):
 
 def claim(config, settings, model, cards, memory):
     """Checks what only a real run needs, and locks output_dir -> (hub repository, base with weights)."""
-    small = model.num_parameters() < 1e9
-    require(small or cards.name != "CPU", "PyTorch finds no GPU; --plan_for plans without one")
+    require(cards.name != "CPU" or model.num_parameters() < 1e9, "PyTorch finds no GPU; see --plan_for")
     share = sum(memory.values()) / (USABLE_MEMORY * cards.memory)
     require(share <= 1, f"a step takes {share:.0%} of the memory of a card that can be used")
     offloaded = settings["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
@@ -1161,7 +1162,7 @@ def run(config):
     model = load_transformer(base / "transformer")
     captions = []  # as far as they are needed to know how long they get
     for id in range(min(len(rows), 1000)):
-        with contextlib.suppress(ValueError):  # a bad row
+        with contextlib.suppress(Exception):  # a bad row
             captions.append(str(rows[id].get(config.caption_column)).encode(errors="replace").decode())
     tokens = transformers.AutoTokenizer.from_pretrained(base / "tokenizer")(captions or [""])["input_ids"]
     longest = 16 * math.ceil(min(max(map(len, tokens)), config.max_sequence_length) / 16)
@@ -1187,11 +1188,11 @@ def main(argv=None):
     except Failure as end:
         met = dist.is_initialized()  # then ranks fail together, and rank 0 speaks for all
         if RANK > 0 and not met:
-            time.sleep(5)  # rank 0 usually reports the same, and the launcher then stops this rank
+            time.sleep(5)  # rank 0 usually reports the same; then the launcher stops this rank
         if RANK == 0 or not met:
             tqdm.write(f"cv4ctrl.py: {end}", file=sys.stderr)
         if met:
-            dist.destroy_process_group()  # else gloo sometimes aborts at exit and changes the exit code
+            dist.destroy_process_group()  # else gloo sometimes aborts, which changes the exit code
         sys.exit(end.code)
 
 

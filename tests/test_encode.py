@@ -140,15 +140,6 @@ def test_rows_that_cannot_be_used(encode, refused, flags, tmp_path, capsys):
     assert kept[0] == kept[1] and len(after.held_out) == 3  # they do not move the choice of the others
 
 
-def test_held_out_pictures_are_not_trained_on(encode, encoded):
-    assert (len(encoded.held_out), len(encoded.train)) == (4, 44)
-    rows = [(*pair, f"caption {n}") for *pair, _ in tiny.make_rows(20) for n in range(3)]
-    repeated = encode(rows)[0]
-    held_out = {row.image for row in repeated.held_out}
-    assert len(held_out) == len(repeated.held_out) == 2 and len(repeated.train) == 54
-    assert not held_out & {row.image for row in repeated.train}
-
-
 def test_json_lines_parquet_and_columns(config, base, device, tmp_path):
     rows, lines = tiny.make_rows(12), []
     for id, (image, control, caption) in enumerate(rows):
