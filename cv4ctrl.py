@@ -98,7 +98,7 @@ def flag(default, help):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All flags. Defaults are the recipe of the original document."""
+    """All flags; the defaults are the original recipe."""
 
     pretrained_model_name_or_path: str = flag("THUDM/CogView4-6B", "hub name or folder")
     dataset_name: str = flag("raulc0399/open_pose_controlnet", "hub name, folder or parquet file")
@@ -146,8 +146,8 @@ class Config:
     report_to: Literal["none", "tensorboard", "wandb", "all"] = flag("none", "trackers")
     deepspeed_config: str | None = flag(None, "engine settings; default: the shipped ds_config.json")
     timeout_minutes: int = flag(120, "limit of a step with its evaluation and checkpoint")
-    dry_run: bool = flag(False, "check everything, print the plan, load nothing")
-    plan_for: str | None = flag(None, "print the plan for other cards, such as 8xA100-80GB")
+    dry_run: bool = flag(False, "check all, print the plan, load nothing")
+    plan_for: str | None = flag(None, "print the plan for cards such as 8xA100-80GB")
 
 
 MAY_BE_ZERO = "seed lr_warmup_steps checkpoints_total_limit probe_samples num_validation_images".split()
@@ -157,7 +157,7 @@ mixed_precision proportion_empty_prompts""".split()
 
 
 def parse(argv=None):
-    """Command line -> Config. `-` and `_` are the same in flags. Raises Failure."""
+    """Command line -> Config; `-` and `_` are the same. Raises Failure."""
     parser = transformers.HfArgumentParser(Config, prog="cv4ctrl.py", allow_abbrev=False)
     parser.error = functools.partial(require, False)
     parser.add_argument("--local_rank", help="==SUPPRESS==")  # which the deepspeed launcher passes
@@ -168,7 +168,7 @@ def parse(argv=None):
 
 
 def check(config):
-    """Checks what can be known from the flags alone. Raises Failure."""
+    """Checks the flags by themselves. Raises Failure."""
     for name, value in dataclasses.asdict(config).items():
         require(value != "", f"--{name}: must not be empty")
         if type(value) in (int, float):
@@ -1012,7 +1012,7 @@ def cost_of_step(config, zero, model, cards, tokens):
 
 
 def fit_engine(config, settings, model, cards, tokens):
-    """Fills in bucket size and offloading in `settings` -> cost_of_step."""
+    """Decides bucket size and offloading in `settings` -> cost_of_step."""
     zero = settings["zero_optimization"]
     asked = zero["reduce_bucket_size"]
     asked = min(model.num_parameters(), 50_000_000) if asked == "auto" else asked  # small models: one bucket
@@ -1135,7 +1135,7 @@ def claim(config, settings, model, cards, memory):
         with explained("--push_to_hub (log in with `hf auth login`, or set HF_TOKEN)"):
             repository = huggingface_hub.create_repo(repository, exist_ok=True).repo_id
     base = find_base(config, weights=True)
-    with explained(f"--output_dir {config.output_dir}, perhaps another run is at work there"):
+    with explained(f"--output_dir {config.output_dir}, perhaps in use by another run"):
         for folder in map(Path, (config.encoded_dir, config.output_dir)):
             require(folder.exists() or not folder.is_symlink(), f"{folder} is a link to nothing")
             folder.mkdir(parents=True, exist_ok=True)
