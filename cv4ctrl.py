@@ -60,7 +60,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 CARDS = {  # --plan_for: bytes of memory, dense bf16 FLOP/s; NVIDIA's data sheets
     "A100-40GB": (40e9, 312e12), "A100-80GB": (80e9, 312e12), "H100-80GB": (80e9, 989e12),
     "H200-141GB": (141e9, 989e12), "B200-180GB": (180e9, 2250e12)}  # fmt: skip
-DETECTORS = "canny hed leres lineart lineart_anime midas mlsd normalbae openpose pidinet zoe".split()
+CONTROLS = "column canny hed leres lineart lineart_anime midas mlsd normalbae openpose pidinet zoe".split()
 USABLE_MEMORY = 0.94  # of a card; CUDA, NCCL and fragmentation take the rest
 UTILISATION = 0.4  # of a card's peak; published full fine-tunings of this size reach 0.22 to 0.48
 
@@ -98,7 +98,7 @@ def flag(default, help):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All flags; the defaults are the original recipe."""
+    """All flags; defaults: the original recipe."""
 
     pretrained_model_name_or_path: str = flag("THUDM/CogView4-6B", "hub name or folder")
     dataset_name: str = flag("raulc0399/open_pose_controlnet", "hub name, folder or parquet file")
@@ -109,7 +109,7 @@ class Config:
     conditioning_image_column: str = flag("conditioning_image", "column of the control image")
     caption_column: str = flag("text", "column of the caption")
     skip_bad_rows: bool = flag(False, "leave out rows that cannot be read")
-    control: str = flag("column", "column, or a detector of controlnet_aux such as canny")
+    control: str = flag("column", "column, or a detector of controlnet_aux")
     resolution: int = flag(1024, "pictures are resized to N x N pixels")
     max_sequence_length: int = flag(1024, "captions are cut to N tokens")
     encoded_dir: str | None = flag(None, "cache, to share between runs; default: OUTPUT_DIR/encoded")
@@ -179,6 +179,7 @@ def check(config):
     require(config.resolution % PIXELS_PER_TOKEN == 0, "--resolution: must be a multiple of 16")
     require(max(config.adam_beta1, config.adam_beta2) < 1, "--adam_beta1, --adam_beta2: must be below 1")
     require(config.proportion_empty_prompts <= 1, "--proportion_empty_prompts: must be at most 1")
+    require(config.control in CONTROLS, f"--control {config.control}: must be one of {', '.join(CONTROLS)}")
     two = config.jsonl_for_train and config.dataset_name != Config.dataset_name
     require(not two, "--dataset_name and --jsonl_for_train: give one of them")
 
@@ -411,8 +412,7 @@ def open_dataset(config):
 
 @functools.cache
 def load_detector(name):
-    """Detector of controlnet_aux on the CPU, by a name such as canny or lineart_anime. Raises Failure."""
-    require(name in DETECTORS, f"--control {name}: must be column or one of {', '.join(DETECTORS)}")
+    """Detector of controlnet_aux on the CPU, by a name such as canny or lineart_anime."""
     classes = {kind.lower(): value for kind, value in vars(importlib.import_module("controlnet_aux")).items()}
     detector = classes[name.replace("_", "") + "detector"]
     with explained(f"--control {name}: cannot load lllyasviel/Annotators"):
@@ -432,7 +432,7 @@ def read_picture(config, content, use):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
     ratio = image.width / image.height
-    if use in DETECTORS:
+    if use not in ("target", "column"):
         options = {"low_threshold": 50, "high_threshold": 200} if use == "canny" else {}
         options |= {"detect_resolution": side, "image_resolution": side}
         image = load_detector(use)(image.resize((side, side), Image.LANCZOS), **options)
