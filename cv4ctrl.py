@@ -98,7 +98,7 @@ def flag(default, help):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All flags; defaults: the original recipe."""
+    """All flags; defaults: original recipe."""
 
     pretrained_model_name_or_path: str = flag("THUDM/CogView4-6B", "hub name or folder")
     dataset_name: str = flag("raulc0399/open_pose_controlnet", "hub name, folder or parquet file")
