@@ -257,8 +257,8 @@ def test_a_rank_that_hangs_ends_the_run(run, words, tmp_path):
         until(lambda: "Timeout" in (tmp_path / "log" / "rank-0.log").read_text())
         os.kill(pids[1], signal.SIGCONT)
 
-    codes, text = run(words(tmp_path / "run", timeout_minutes=0.3, max_train_steps=4000), hurt=stop)
-    assert codes[0] == 1 and "Timeout (0:00:18)!" in text and "in all_" in text and "in train" in text, text
+    codes, text = run(words(tmp_path / "run", timeout_minutes=1, max_train_steps=4000), hurt=stop)
+    assert codes[0] == 1 and "Timeout (0:01:00)!" in text and "in all_" in text and "in train" in text, text
 
 
 def test_ranks_that_hang_are_shown():
