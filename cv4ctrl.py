@@ -687,19 +687,19 @@ def validate(model, shared, stream, base, step):
     config = stream.config
     encoded = stream.encoded
     device = shared["original_size"].device
-    side = config.resolution // PIXELS_PER_LATENT
     cases = (encoded.held_out or encoded.train)[:4]
     if config.num_validation_images == 0:
         return None
 
     def draw(n):
+        """Latents (16, h, w) of case n: control, generated ones, target."""
         case = cases[n]
         control = encoded.latents(case.control)
         texts = (encoded.entry(case.caption), encoded.entry(encoded.empty))
         row = [control]
         for m in range(config.num_validation_images):
             random = generator(config.seed, "validation", n, m)
-            noise = torch.randn(LATENT_CHANNELS, side, side, generator=random)
+            noise = torch.randn(control.shape, generator=random)
             inputs = [tensor[None].to(device) for tensor in (noise, control, *texts)]
             options = (config.num_inference_steps, config.guidance_scale)
             row.append(euler_sample(model, shared, *inputs, *options)[0].cpu())
@@ -711,8 +711,8 @@ def validate(model, shared, stream, base, step):
         if RANK == 0:
             vae = load_encoders(base, device, text_encoder=None, tokenizer=None).vae
             bands = []
-            for row in rows.values():
-                cells = [vae.decode(latents[None].to(device, vae.dtype)).sample.cpu() for latents in row]
+            for n in range(len(cases)):
+                cells = [vae.decode(latents[None].to(device, vae.dtype)).sample.cpu() for latents in rows[n]]
                 bands.append(torch.cat(cells, dim=3))
             image = VaeImageProcessor().postprocess(torch.cat(bands, dim=2))[0]
             write_aside(Path(config.output_dir, picture), lambda path: image.save(path, "PNG"))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import CogView4Transformer2DModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import cv4ctrl
 
@@ -50,12 +50,6 @@ def test_the_new_weights_are_appended_zeros_and_learn(plain, widened):
     optimizer.step()
     assert weight[:, 64:].abs().min() > 0
     assert all(parameter.grad.any() for parameter in widened.parameters())  # and so does every other weight
-
-
-def test_only_the_input_layer_changes(base):
-    state = load_file(base / "transformer/diffusion_pytorch_model.safetensors")
-    wide = cv4ctrl.widen(state)
-    assert [name for name in state if wide[name] is not state[name]] == ["patch_embed.proj.weight"]
 
 
 def test_what_is_saved_loads_with_diffusers_and_here(widened, tmp_path):

@@ -13,6 +13,7 @@ import weakref
 import diffusers
 import pytest
 import torch
+from PIL import Image
 
 import cv4ctrl
 import tiny
@@ -20,7 +21,7 @@ from ranks import launch, main_with, rows, same, shared_nursery, weights
 
 # With this epsilon rounding errors of gradients, which Adam divides by their own size, do not grow in weights.
 SIX = dict(max_train_steps=6, checkpointing_steps=3, validation_steps=2, proportion_empty_prompts=0.2,
-           adam_epsilon=1e-3)  # fmt: skip
+           adam_epsilon=1e-3, num_validation_images=1, num_inference_steps=1)  # fmt: skip
 SHIPPED = dict(train_batch_size=2, gradient_accumulation_steps=2, mixed_precision="bf16", lr_scheduler="cosine",
                lr_warmup_steps=2, learning_rate=1e-2)  # fmt: skip
 
@@ -64,7 +65,7 @@ def history(run, what):
 
 def test_a_run_leaves_what_the_readme_says(trained):
     run = trained("six")
-    left = {".lock", "run.json", "metrics.jsonl", "config.json", "diffusion_pytorch_model.safetensors"}
+    left = {".lock", "run.json", "metrics.jsonl", "config.json", "diffusion_pytorch_model.safetensors", "validation"}
     assert {file.name for file in run.iterdir()} == left | {"checkpoint-3", "checkpoint-6"}
     assert {file.name for file in (run / "checkpoint-6").iterdir()} == {"transformer", "state", "manifest.json"}
     manifest = json.loads((run / "checkpoint-6" / "manifest.json").read_text())
@@ -106,6 +107,8 @@ def test_a_model_that_has_learned_nothing_draws_what_the_base_draws(trained, bas
 def test_one_rank_and_two_end_in_the_same_weights_with_either_stage(ranks, trained):
     one, two = trained("six"), trained(ranks)
     assert same(weights(two), weights(one), 1e-5)
+    first, other = (Image.open(run / "validation" / "step-0.png").tobytes() for run in (one, two))
+    assert first == other  # the same four rows in the same order
     for row, other in zip(history(one, "step"), history(two, "step"), strict=True):
         assert other == pytest.approx(row, rel=1e-5, abs=1e-5)
 
