@@ -692,7 +692,7 @@ def validate(model, shared, stream, base, step):
         return None
 
     def draw(n):
-        """Latents (16, h, w) of case n: control, generated ones, target."""
+        """Control, drawn, target (16, h, w) of case n."""
         case = cases[n]
         control = encoded.latents(case.control)
         texts = (encoded.entry(case.caption), encoded.entry(encoded.empty))
