@@ -23,6 +23,7 @@ import glob
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -49,6 +50,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from tqdm import tqdm
 
 TIMESTEPS = 1000  # noise levels; scheduler/scheduler_config.json of CogView4-6B
@@ -57,10 +59,13 @@ PIXELS_PER_LATENT = 8  # the VAE reduces each side 8 times
 PIXELS_PER_TOKEN = 16  # the transformer takes patches of 2 x 2 latents
 RANK = int(os.environ.get("RANK", 0))  # set by every launcher
 WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
-CARDS = {  # --plan_for: bytes of memory, dense bf16 FLOP/s; NVIDIA's data sheets
-    "A100-40GB": (40e9, 312e12), "A100-80GB": (80e9, 312e12), "H100-80GB": (80e9, 989e12),
-    "H200-141GB": (141e9, 989e12), "B200-180GB": (180e9, 2250e12)}  # fmt: skip
+Cards = namedtuple("Cards", "number name memory flops")  # bytes or inf, dense bf16 FLOP/s (data sheets) or 0
+CARDS = {"A100-40GB": (40e9, 312e12), "A100-80GB": (80e9, 312e12), "H100-80GB": (80e9, 989e12),
+         "H200-141GB": (141e9, 989e12), "B200-180GB": (180e9, 2250e12)}  # fmt: skip
 CONTROLS = "column canny hed leres lineart lineart_anime midas mlsd normalbae openpose pidinet zoe".split()
+# --recompute, fastest first -> tensors of (B, S, D) that a block keeps. all: its input; most: also the outputs
+# of attention and the down projection; some: also those of the D x D products; none: all.
+RECOMPUTE = {"none": 22, "some": 7, "most": 3, "all": 1}
 USABLE_MEMORY = 0.94  # of a card; CUDA, NCCL and fragmentation take the rest
 UTILISATION = 0.4  # of a card's peak; published full fine-tunings of this size reach 0.22 to 0.48
 
@@ -74,10 +79,10 @@ class Failure(Exception):
         self.code = code
 
 
-def require(condition, message):
-    """Raises Failure with exit code 2 unless the condition holds."""
+def require(condition, message, code=2):
+    """Raises Failure unless the condition holds."""
     if not condition:
-        raise Failure(message, 2)
+        raise Failure(message, code)
 
 
 @contextlib.contextmanager
@@ -86,8 +91,7 @@ def explained(what, code=2):
     try:
         yield
     except Exception as error:
-        root = error.__cause__ or error
-        said = getattr(error, "server_message", None) or str(root) or type(root).__name__
+        said = getattr(error, "server_message", None) or str(error.__cause__ or error) or type(error).__name__
         raise Failure(f"{what}: {' '.join(said.split())[:300]}", code)
 
 
@@ -119,7 +123,7 @@ class Config:
     train_batch_size: int = flag(8, "samples per micro-batch and rank")
     gradient_accumulation_steps: int = flag(1, "micro-batches per step and rank")
     total_batch_size: int | None = flag(None, "samples per step over all ranks; sets the accumulation")
-    gradient_checkpointing: bool = flag(True, "recompute activations in the backward pass")
+    recompute: Literal["auto", "all", "most", "some", "none"] = flag("auto", "what the backward pass repeats")
     max_train_steps: int | None = flag(None, "optimizer steps; overrides --num_train_epochs")
     num_train_epochs: int = flag(1, "passes over the data")
     learning_rate: float = flag(5e-5, "peak learning rate, after warm-up")
@@ -161,9 +165,14 @@ def parse(argv=None):
     parser = transformers.HfArgumentParser(Config, prog="cv4ctrl.py", allow_abbrev=False)
     parser.error = functools.partial(require, False)
     parser.add_argument("--local_rank", help="==SUPPRESS==")  # which the deepspeed launcher passes
+    for name, choice in (("gradient_checkpointing", "all"), ("no_gradient_checkpointing", "none")):
+        options = dict(dest="recompute", action="store_const", const=choice, help=f"--recompute {choice}")
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", **options)
     config, _, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
-    names = [word.partition("=")[0] for word in unknown if word.startswith("-")] or unknown
-    require(not unknown, f"not taken: {' '.join(names)}; see --help, and README.md for diffusers' flags")
+    for word in unknown:
+        raise Failure(
+            f"not taken: {word.partition('=')[0]}; see --help, and README.md for diffusers' flags", 2
+        )
     return config
 
 
@@ -208,12 +217,6 @@ def shifted_sigma(timestep, image_tokens):
 
 
 # === control surgery ========================================================================================
-def widen(state):
-    """State dict of the transformer -> with twice the input channels, the new weights zero."""
-    weight = state["patch_embed.proj.weight"]  # (D, channels x p x p): the control's columns are appended
-    return state | {"patch_embed.proj.weight": torch.cat([weight, torch.zeros_like(weight)], dim=1)}
-
-
 def load_transformer(folder, dtype=None, device="meta"):
     """Widened CogView4Transformer2DModel of a folder, read straight to `device`, or without weights."""
     config = json.loads(Path(folder, "config.json").read_text())
@@ -228,8 +231,27 @@ def load_transformer(folder, dtype=None, device="meta"):
     state = {}
     for file in files:
         state |= {name: tensor.to(dtype) for name, tensor in load_file(file, str(device)).items()}
-    model.load_state_dict(widen(state) if config["in_channels"] == LATENT_CHANNELS else state, assign=True)
+    if config["in_channels"] == LATENT_CHANNELS:  # (D, channels x p x p): the control's columns are appended
+        weight = state["patch_embed.proj.weight"]
+        state["patch_embed.proj.weight"] = torch.cat([weight, torch.zeros_like(weight)], dim=1)
+    model.load_state_dict(state, assign=True)
     return model
+
+
+def recompute(model, choice):
+    """Makes the blocks keep only what RECOMPUTE says; gradients stay bitwise the same."""
+
+    def policy(context, operator, *args, **kwargs):
+        keep = operator.name().startswith("aten::_scaled_dot_product_")  # CPU, flash, efficient or cuDNN
+        if operator is torch.ops.aten.addmm.default:  # bias + x @ weight.T
+            inputs, outputs = args[2].shape
+            keep = inputs > outputs or (choice == "some" and inputs == outputs)
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    options = {} if choice == "all" else {"context_fn": contexts}
+    if choice != "none":
+        model.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=False, **options))
 
 
 # === forward pass ===========================================================================================
@@ -309,6 +331,7 @@ def log0(message):
 
 
 progress = functools.partial(tqdm, disable=RANK > 0, mininterval=0.1 if sys.stderr.isatty() else 10)
+stop_requests = []  # signals that came: the run ends after the step, when all ranks have saved
 
 
 def prefetch(function, items, threads):
@@ -321,9 +344,6 @@ def prefetch(function, items, threads):
                 yield waiting.pop(0).result()
         for future in waiting:
             yield future.result()
-
-
-stop_requests = []  # signals that came: the run ends after the step, when all ranks have saved
 
 
 def digest(*parts):
@@ -420,15 +440,15 @@ def load_detector(name):
 
 
 def read_picture(config, content, use):
-    """Content of a picture file -> (pixels (1, 3, H, W) in -1 ... 1, width / height). Raises ValueError."""
+    """Content of a picture file -> (pixels (1, 3, H, W) in -1 ... 1, width / height). Raises Failure."""
     side = config.resolution
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
     if image.mode[0] in "IF":  # converted to RGB, as inference does it, it would be clipped
-        raise ValueError(f"mode {image.mode} has more than 8 bits a channel: scale to 0 ... 255, save 8 bits")
+        raise Failure(f"mode {image.mode} has more than 8 bits a channel: scale to 0 ... 255, save 8 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if use == "column" and image.getextrema()[3][0] < 255:
-            raise ValueError("transparent pixels, which inference does not see: flatten the picture")
+            raise Failure("transparent pixels, which inference does not see: flatten the picture")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
     ratio = image.width / image.height
@@ -439,20 +459,18 @@ def read_picture(config, content, use):
     return VaeImageProcessor(vae_scale_factor=PIXELS_PER_LATENT).preprocess(image, side, side), ratio
 
 
-def read_row(config, prefixes, known, rows, id):
+def read_row(config, of_pictures, of_captions, known, rows, id):
     """Row `id` -> (Row, or None if it cannot be used; what is wrong; {key: caption or unknown pixels})."""
     column = config.caption_column  # the one at work, for the message
     sources = [(config.image_column, "target"), (config.conditioning_image_column, config.control)]
     source = Path(config.jsonl_for_train or config.dataset_name)
     folder = source if source.is_dir() else source.parent
-    of_pictures, of_captions = prefixes
     pictures = []
     ratios = []
     try:
         row = rows[id]
         text = row.get(column)
-        if not isinstance(text, str):
-            raise ValueError(f"a caption is a string, not {text!r:.50}")
+        require(isinstance(text, str), f"a caption is a string, not {text!r:.50}")
         text.encode()  # raises ValueError for what was not UTF-8
         caption = digest(of_captions, text)
         parts = {digest(of_captions, ""): "", caption: text}
@@ -460,8 +478,7 @@ def read_row(config, prefixes, known, rows, id):
             value = row.get(column)
             if not isinstance(value, dict):
                 value = {"bytes" if isinstance(value, bytes) else "path": value}
-            if not value.get("bytes") and not value.get("path"):
-                raise ValueError("no picture")
+            require(value.get("bytes") or value.get("path"), "no picture")
             content = value.get("bytes") or (folder / value["path"]).read_bytes()
             key = digest(of_pictures, use, hashlib.sha256(content).hexdigest())
             pictures.append(key)
@@ -499,7 +516,7 @@ def encode_rows(config, base, prefixes, known, rows, device):
     stored = set(known)
     length = {"max_sequence_length": config.max_sequence_length}
     encoders = functools.cache(functools.partial(load_encoders, base, device))
-    read = functools.partial(read_row, config, prefixes, known, rows)
+    read = functools.partial(read_row, config, *prefixes, known, rows)
     ids = range(RANK, len(rows), WORLD)
     results = prefetch(read, ids, config.dataloader_num_workers)
     for row, about, parts in progress(results, "encoding", total=len(ids)):
@@ -508,7 +525,7 @@ def encode_rows(config, base, prefixes, known, rows, device):
             if isinstance(parts[key], str):  # alone: its pads to a multiple of 16 tokens are attended to
                 entry = encoders().encode_prompt(parts[key], None, False, **length)[0]
             else:
-                pixels = parts[key].to(device, torch.bfloat16)
+                pixels = parts[key].to(device, encoders().vae.dtype)
                 entry = encoders().vae.encode(pixels).latent_dist.parameters
             write = functools.partial(save_file, {"entry": entry[0].cpu().contiguous()})
             write_aside(Path(config.encoded_dir, f"{key}.safetensors"), write, sync=False)
@@ -519,8 +536,7 @@ def encode_rows(config, base, prefixes, known, rows, device):
 
 
 def hold_out(rows, most):
-    """Rows -> (rows to train on, rows held out), chosen by content. No two held-out rows share a picture, and
-    rows that share one with them, at most a tenth of all, are not trained on."""
+    """Rows -> (to train on, held out), by content. A row held out shares no picture with any other row."""
     having = {}  # picture -> rows that have it
     for row in rows:
         having.setdefault(row.image, set()).add(row)
@@ -552,8 +568,7 @@ def encode(config, base, rows, device):
     gc.collect()  # the encoders are freed before the transformer is loaded
     torch.cuda.empty_cache()
     parts, sizes, stops = zip(*all_gather_objects((mine, entries(), bool(stop_requests))))
-    if any(stops):
-        raise Failure("stopped by a signal; the same command continues", 75)
+    require(not any(stops), "stopped by a signal; the same command continues", 75)
     found = [parts[id % WORLD][id // WORLD] for id in range(len(rows))]
     bad = [about for row, about in found if not row]
     skewed = [about for row, about in found if row and about]
@@ -597,12 +612,6 @@ class Stream(namedtuple("Stream", "config encoded rank world")):
         u = (start + k * 0x9E3779B97F4A7C15) % 2**64  # steps of the golden ratio, as fractions of 2**64
         return torch.tensor([float(TIMESTEPS - (u * TIMESTEPS >> 64))])
 
-    def order(self, step):
-        """The k of a step, by the length of their captions."""
-        start = step * self.config.total_batch_size
-        positions = range(start, start + self.config.total_batch_size)
-        return sorted(positions, key=lambda k: self.encoded.sizes[self.row(k)[1]])
-
     def sample(self, row, caption, timestep, *address):
         """Model inputs for one row; noise and posterior draws are those of the address."""
         side = self.config.resolution // PIXELS_PER_LATENT
@@ -616,9 +625,11 @@ class Stream(namedtuple("Stream", "config encoded rank world")):
         """Micro-batch n of this rank on `device`."""
         step, turn = divmod(n, self.config.gradient_accumulation_steps)
         size = self.config.train_batch_size
-        first = (turn * self.world + self.rank) * size
-        positions = self.order(step)[first : first + size]
-        return collate([self.sample(*self.row(k), self.timestep(k), "noise", k) for k in positions], device)
+        total = self.config.total_batch_size
+        of_step = range(step * total, (step + 1) * total)
+        by_length = sorted(of_step, key=lambda k: self.encoded.sizes[self.row(k)[1]])
+        mine = by_length[(turn * self.world + self.rank) * size :][:size]
+        return collate([self.sample(*self.row(k), self.timestep(k), "noise", k) for k in mine], device)
 
 
 def collate(samples, device):
@@ -672,8 +683,7 @@ def probe(model, shared, stream):
         n, t, swapped = job
         control = samples[(n + swapped) % len(rows)]["control"]
         sample = samples[n] | {"control": control, "timestep": torch.tensor([float(t)])}
-        batch = collate([sample], shared["original_size"].device)
-        return batch_loss(model, shared, batch).item()
+        return batch_loss(model, shared, collate([sample], shared["original_size"].device)).item()
 
     jobs = [(n, t, swapped) for swapped in (0, 1) for t in range(100, 901, 100) for n in range(len(rows))]
     losses = spread(jobs, loss, "probing")
@@ -695,14 +705,13 @@ def validate(model, shared, stream, base, step):
         """Control, drawn, target (16, h, w) of case n."""
         case = cases[n]
         control = encoded.latents(case.control)
-        texts = (encoded.entry(case.caption), encoded.entry(encoded.empty))
+        given = (control, encoded.entry(case.caption), encoded.entry(encoded.empty))
         row = [control]
         for m in range(config.num_validation_images):
-            random = generator(config.seed, "validation", n, m)
-            noise = torch.randn(control.shape, generator=random)
-            inputs = [tensor[None].to(device) for tensor in (noise, control, *texts)]
-            options = (config.num_inference_steps, config.guidance_scale)
-            row.append(euler_sample(model, shared, *inputs, *options)[0].cpu())
+            noise = torch.randn(control.shape, generator=generator(config.seed, "validation", n, m))
+            inputs = [tensor[None].to(device) for tensor in (noise, *given)]
+            drawn = euler_sample(model, shared, *inputs, config.num_inference_steps, config.guidance_scale)
+            row.append(drawn[0].cpu())
         return [*row, encoded.latents(case.image)]
 
     rows = spread(range(len(cases)), draw, "drawing")
@@ -769,9 +778,8 @@ def start_ranks(minutes):
     accelerator = deepspeed.accelerator.get_accelerator()
     accelerator.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     torch.backends.cuda.enable_cudnn_sdp(False)  # gave NaN gradients with masks (pytorch#196678)
-    timeout = datetime.timedelta(minutes=minutes)
     with explained(f"the ranks cannot meet at port {os.environ['MASTER_PORT']}, see --master_port", 1):
-        deepspeed.init_distributed(timeout=timeout, verbose=False)
+        deepspeed.init_distributed(timeout=datetime.timedelta(minutes=minutes), verbose=False)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda number, frame: stop_requests.append(number))
     return torch.device(accelerator.current_device_name())
@@ -795,14 +803,6 @@ def start_engine(config, settings, model, found=None, adam_steps=0):
         for entry, tensor in load_file(found / "state" / f"{name}.safetensors").items():
             safe_set_full_optimizer_state(parameter, tensor, STATE[entry])  # each rank takes its part
     return engine
-
-
-def learning_rate(config, steps):
-    """Learning rate as a function of the step, by diffusers' schedules."""
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
-    options = (config.lr_scheduler, optimizer, None, config.lr_warmup_steps, steps)
-    schedule = diffusers.optimization.get_scheduler(*options)
-    return lambda step: config.learning_rate * schedule.lr_lambdas[0](step)
 
 
 def save_checkpoint(engine, config, step, manifest):
@@ -931,7 +931,8 @@ def train_step(engine, shared, batches, config, rate):
 def train(engine, stream, shared, base, identity, start, steps, skipped):
     """Optimizer steps start + 1 ... steps with evaluations and checkpoints. Raises Failure."""
     config = stream.config
-    rate = learning_rate(config, steps)
+    options = (config.lr_scheduler, torch.optim.SGD([torch.zeros(1)]), None, config.lr_warmup_steps, steps)
+    schedule = diffusers.optimization.get_scheduler(*options).lr_lambdas[0]
     log = Log(config, start, steps)
     watch = functools.partial(faulthandler.dump_traceback_later, 60 * config.timeout_minutes, exit=True)
     watch()  # if a rank hangs, all print their stacks and end
@@ -943,24 +944,22 @@ def train(engine, stream, shared, base, identity, start, steps, skipped):
 
     if start == 0:
         evaluate(0)
-    accumulation = config.gradient_accumulation_steps
-    numbers = range(start * accumulation, steps * accumulation)
+    numbers = itertools.count(start * config.gradient_accumulation_steps)
     load = functools.partial(stream.micro_batch, shared["original_size"].device)
     with contextlib.closing(prefetch(load, numbers, config.dataloader_num_workers)) as batches:
         for step in range(start + 1, steps + 1):
             watch()
+            rate = config.learning_rate * schedule(step - 1)
             clock = time.perf_counter()
-            loss, norm, stop = train_step(engine, shared, batches, config, rate(step - 1))
+            loss, norm, stop = train_step(engine, shared, batches, config, rate)
             speed = config.total_batch_size / (time.perf_counter() - clock)
-            applied = engine.was_step_applied()
-            in_a_row = 0 if applied else in_a_row + 1
-            skipped += not applied
-            figures = {"samples": step * config.total_batch_size, "loss": loss, "lr": rate(step - 1)}
+            in_a_row = 0 if engine.was_step_applied() else in_a_row + 1
+            skipped += in_a_row > 0
+            figures = {"samples": step * config.total_batch_size, "loss": loss, "lr": rate}
             figures |= {"grad_norm": norm, "samples_per_s": speed, "skipped": skipped}
             figures = {name: value if math.isfinite(value) else None for name, value in figures.items()}
             log.write("train", step, figures)
-            if in_a_row == 10:
-                raise Failure("10 steps in a row without finite gradients")
+            require(in_a_row < 10, "10 steps in a row without finite gradients", 1)
             if step % config.validation_steps == 0 or step == steps:
                 evaluate(step)
             if step % config.checkpointing_steps == 0 or step == steps or stop:
@@ -972,10 +971,6 @@ def train(engine, stream, shared, base, identity, start, steps, skipped):
 
 
 # === the plan ===============================================================================================
-# Devices of a run: their number; of one its name, bytes (or inf) and bf16 FLOP/s (or 0).
-Cards = namedtuple("Cards", "number name memory flops")
-
-
 def cards_of(config):
     """Cards of --plan_for, or those that are here. Raises Failure."""
     if config.plan_for:
@@ -991,46 +986,53 @@ def cards_of(config):
 
 
 def cost_of_step(config, zero, model, cards, tokens):
-    """({part: bytes} of a card at the peak of a step, in a backward pass; FLOP a sample, none repeated)."""
+    """({--recompute: {part: bytes of a card at the peak of a step, in a backward pass}}; FLOP a sample)."""
     size = 2 if config.mixed_precision == "bf16" else 4
     weights = model.num_parameters()
     blocks = len(model.transformer_blocks)
     width = model.config.num_attention_heads * model.config.attention_head_dim
     sequence = (config.resolution // PIXELS_PER_TOKEN) ** 2 + tokens
     offloaded = zero["offload_optimizer"]["device"] == "cpu"
-    # Tensors of (B, S, D): a block keeps 1 if it is recomputed, else 22. The block in its backward pass has
-    # 22, and 4 for the gradient of gelu; three gradients of its weights, 4 D x D each, wait to be summed.
-    kept = (blocks - 1) * (1 if config.gradient_checkpointing else 22) + 22 + 4
+    # Tensors of (B, S, D): besides those that are kept, the block in its backward pass has all 22, and 4 for
+    # the gradient of gelu. Three gradients of its weights, 4 D x D each, wait to be summed.
+    kept = {choice: (blocks - 1) * tensors + 22 + 4 for choice, tensors in RECOMPUTE.items()}
+    values = {choice: n * config.train_batch_size * sequence * width for choice, n in kept.items()}
     memory = {
         "weights": size * weights,
         "gradients": 4 * weights / (cards.number if zero["stage"] == 2 else 1),
         "buckets": zero["reduce_bucket_size"] * (2 * size + 4),
         "optimizer": 0 if offloaded else 12 * weights / cards.number,  # fp32 weights and Adam's moments
-        "activations": size * (kept * config.train_batch_size * sequence * width + 12 * width**2),
     }
-    return memory, 12 * blocks * width * sequence * (6 * width + sequence)
+    costs = {choice: memory | {"activations": size * (n + 12 * width**2)} for choice, n in values.items()}
+    return costs, 12 * blocks * width * sequence * (6 * width + sequence)  # nothing repeated
 
 
 def fit_engine(config, settings, model, cards, tokens):
-    """Decides bucket size and offloading in `settings` -> cost_of_step."""
+    """Decides what is "auto" in config and, in place, in settings -> (config, *cost_of_step)."""
     zero = settings["zero_optimization"]
     asked = zero["reduce_bucket_size"]
     asked = min(model.num_parameters(), 50_000_000) if asked == "auto" else asked  # small models: one bucket
     # DeepSpeed 0.19.8 may free a gradient larger than a bucket before it has been sent (reduce_ipg_grads).
     zero["reduce_bucket_size"] = max(asked, *(parameter.numel() for parameter in model.parameters()))
-    memory, _ = cost_of_step(config, zero, model, cards, tokens)
-    if zero["offload_optimizer"]["device"] == "auto":
-        fits = sum(memory.values()) <= USABLE_MEMORY * cards.memory
-        zero["offload_optimizer"]["device"] = "none" if fits else "cpu"
-    return cost_of_step(config, zero, model, cards, tokens)
+    device = zero["offload_optimizer"]["device"]
+    devices = ["none", "cpu"] if device == "auto" else [device]
+    fastest_first = list(RECOMPUTE) if math.isfinite(cards.memory) else ["all"]
+    choices = fastest_first if config.recompute == "auto" else [config.recompute]
+    for device, choice in itertools.product(devices, choices):  # to recompute costs less than to offload
+        zero["offload_optimizer"]["device"] = device
+        costs, flops = cost_of_step(config, zero, model, cards, tokens)
+        if sum(costs[choice].values()) <= USABLE_MEMORY * cards.memory:
+            break
+    return dataclasses.replace(config, recompute=choice), costs, flops
 
 
-def print_plan(config, zero, rows, steps, start, weights, cards, memory, flops):
-    """Prints what a run takes, by arithmetic; weights: their number; memory, flops: see cost_of_step."""
+def print_plan(config, zero, rows, steps, start, weights, cards, costs, flops):
+    """Prints what a run takes, by arithmetic; weights: their number; costs, flops: see cost_of_step."""
     total = config.total_batch_size
     saved = weights * (16 if config.upcast_before_saving or config.mixed_precision == "no" else 14)
     encoded = 8 * rows * LATENT_CHANNELS * (config.resolution // PIXELS_PER_LATENT) ** 2
-    parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in memory.items())
+    parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in costs[config.recompute].items())
+    sums = {choice: sum(memory.values()) / 1e9 for choice, memory in costs.items()}
     if zero["offload_optimizer"]["device"] == "cpu":
         parts += f"; of the hosts {18 * weights / 1e9:.0f} GB in all"  # fp32 gradients and bf16 weights, too
     print(f"""\
@@ -1038,7 +1040,8 @@ engine  {config.deepspeed_config or "the shipped ds_config.json"}, ZeRO stage {z
 rows    {rows}, of which at most a tenth is held out
 encode  {2 * rows} pictures and {rows + 1} captions, less what is there
 steps   {steps} of {total} samples, {steps * total / rows:.1f} epochs; {start} are done
-memory  {sum(memory.values()) / 1e9:.1f} of {cards.memory / 1e9:.0f} GB on each {cards.name}: {parts}
+memory  {sums[config.recompute]:.1f} of {cards.memory / 1e9:.0f} GB on each {cards.name}: {parts}
+        --recompute {config.recompute}; {", ".join(f"{choice} {size:.1f}" for choice, size in sums.items())}
 disk    {saved / 1e9:.1f} GB a checkpoint, {encoded / 1e9:.1f} GB of encoded pictures""")
     if cards.flops:
         seconds = total * flops / (cards.number * cards.flops * UTILISATION)
@@ -1065,12 +1068,10 @@ def push(config, repository, steps):
     """Uploads weights, figures, the last picture and a model card. Raises Failure."""
     folder = Path(config.output_dir)
     picture = f"validation/step-{steps}.png"
-    (folder / "README.md").write_text(f"""---
-library_name: diffusers
----
-{config.pretrained_model_name_or_path} as a control model, {steps} steps of {config.total_batch_size} samples
-of {config.jsonl_for_train or config.dataset_name} at {config.resolution} px. ![pictures]({picture})
-""")
+    data = config.jsonl_for_train or config.dataset_name
+    about = f"{config.pretrained_model_name_or_path} as a control model: {steps} steps of "
+    about += f"{config.total_batch_size} samples of {data} at {config.resolution} px. ![pictures]({picture})"
+    (folder / "README.md").write_text(f"---\nlibrary_name: diffusers\n---\n{about}\n")
     files = ["README.md", "config.json", "diffusion_pytorch_model.safetensors", "metrics.jsonl", picture]
     by_hand = f"hf upload {repository} '{folder}' . " + " ".join(f"--include={file}" for file in files)
     with explained(f"the weights are in {folder}; `{by_hand}` uploads them", 1):
@@ -1099,17 +1100,15 @@ def fine_tune(config, settings, cards, base, rows, found, manifest, identity):
         log0(f"the schedule was made for {manifest['steps']} steps, now it is for {steps}")
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     model = load_transformer((found or base) / "transformer", dtype, device)
-    if config.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+    recompute(model, config.recompute)
     shared = prepare(model, config.resolution, device, dtype)
     engine = start_engine(config, settings, model, found, start - skipped)
     with fail_together():
         if RANK == 0:
             commit = os.popen(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null").read().strip()
             versions = {package.__name__: package.__version__ for package in (torch, deepspeed, diffusers)}
-            run = {"versions": versions, "start": start}
-            run |= {"command": sys.argv, "commit": commit, "hardware": cards.name}
-            run |= {"ranks": WORLD, "config": dataclasses.asdict(config), "deepspeed": settings}
+            run = {"command": sys.argv, "config": dataclasses.asdict(config), "deepspeed": settings}
+            run |= {"commit": commit, "versions": versions, "hardware": cards.name, "ranks": WORLD}
             write_aside(folder / "run.json", lambda path: path.write_text(json.dumps(run, indent=1)))
     train(engine, Stream(config, encoded, RANK, WORLD), shared, base, identity, start, steps, skipped)
     with fail_together():
@@ -1160,19 +1159,21 @@ def run(config):
     rows = open_dataset(config)
     steps = count_steps(config, len(rows) - min(config.probe_samples, len(rows) // 10))
     model = load_transformer(base / "transformer")
-    captions = []  # as far as they are needed to know how long they get
-    for id in range(min(len(rows), 1000)):
-        with contextlib.suppress(Exception):  # a bad row
-            captions.append(str(rows[id].get(config.caption_column)).encode(errors="replace").decode())
-    tokens = transformers.AutoTokenizer.from_pretrained(base / "tokenizer")(captions or [""])["input_ids"]
-    longest = 16 * math.ceil(min(max(map(len, tokens)), config.max_sequence_length) / 16)
-    memory, flops = fit_engine(config, settings, model, cards, longest)
+    longest = config.max_sequence_length
+    with contextlib.suppress(UnicodeDecodeError):  # of a bad row, which encoding will name
+        column = config.caption_column
+        texts = [row.get(column) for row in rows] if config.jsonl_for_train else rows[column][:]
+        texts = sorted((str(text).encode(errors="replace") for text in texts), key=len)[-1000:]  # the longest
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base / "tokenizer")
+        tokens = tokenizer([text.decode() for text in texts])["input_ids"]
+        longest = 16 * math.ceil(min(longest, max(map(len, tokens))) / 16)
+    config, costs, flops = fit_engine(config, settings, model, cards, longest)
     if RANK == 0:
         counts = (len(rows), steps, manifest.get("step", 0), model.num_parameters())
-        print_plan(config, settings["zero_optimization"], *counts, cards, memory, flops)
+        print_plan(config, settings["zero_optimization"], *counts, cards, costs, flops)
     if config.dry_run or config.plan_for:
         return
-    repository, base = claim(config, settings, model, cards, memory)
+    repository, base = claim(config, settings, model, cards, costs[config.recompute])
     steps = fine_tune(config, settings, cards, base, rows, found, manifest, identity)
     dist.destroy_process_group()
     if RANK == 0:

@@ -2,7 +2,8 @@
 
     python tests/bench.py                                                  all sections, with the tiny base of tests/base
     python tests/bench.py step bare --train_batch_size 8                   some of them, with any flags of cv4ctrl.py
-    python tests/bench.py reference --reference train_control_cogview4.py  against your own copy of diffusers' example
+    python tests/bench.py reference --reference train_control_cogview4.py --in-proportion --resolution 256 --rows 48
+                                                                           against your own copy of diffusers' example
 
 The functions of cv4ctrl.py that train are measured. Figures are medians, with quartiles in brackets, after a warm-up.
 Nothing is downloaded."""
@@ -31,6 +32,10 @@ import tiny  # noqa: E402
 
 WARM_UP = 3  # steps that do not count
 TOKENS = 16  # of a caption
+VISITS = (1, 3, 10)  # of each row, in the section reference
+# A base whose parts stand, at 256 px and 16 tokens, in CogView4-6B's proportion of work a sample at 1024 px: transformer
+# forward and backward 167 TFLOP, VAE 19 a picture, text encoder 2.4. Here they are 22.4, 2.5 and 0.34 GFLOP.
+PROPORTIONS = dict(layers=4, heads=8, head_dim=64, text_dim=768, vae_channels=(16, 36, 64, 64))
 
 
 def spread(values, scale=1.0):
@@ -85,8 +90,9 @@ class Bench:
         self.options = options
         self.device = cv4ctrl.start_ranks(60)
         self.folder = Path(folder)
-        words = f"--pretrained_model_name_or_path {ROOT}/tests/base --output_dir {folder}/out --probe_samples 0"
-        words += " --lr_scheduler constant --num_validation_images 0 --no_gradient_checkpointing"
+        base = tiny.make_base(f"{folder}/base", **PROPORTIONS) if options.in_proportion else ROOT / "tests" / "base"
+        words = f"--pretrained_model_name_or_path {base} --output_dir {folder}/out --probe_samples 0"
+        words += " --lr_scheduler constant --num_validation_images 0 --recompute none"
         words += " --resolution 64 --train_batch_size 4 --mixed_precision no --dataloader_num_workers 1"
         self.flags = cv4ctrl.parse([*words.split(), *flags])
         self.base = Path(self.flags.pretrained_model_name_or_path)
@@ -98,15 +104,14 @@ class Bench:
         """(transformer, shared arguments of its calls)."""
         dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
         model = cv4ctrl.load_transformer(self.base / "transformer", dtype=dtype, device=self.device)
-        if config.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
+        cv4ctrl.recompute(model, config.recompute)
         return model, cv4ctrl.prepare(model, config.resolution, self.device, dtype)
 
     def engine(self, config):
         """(engine, shared arguments)."""
         model, shared = self.model(config)
         settings = cv4ctrl.engine_settings(config)
-        cv4ctrl.fit_engine(config, settings, model, cv4ctrl.cards_of(config), TOKENS)
+        config, *_ = cv4ctrl.fit_engine(config, settings, model, cv4ctrl.cards_of(config), TOKENS)
         return cv4ctrl.start_engine(config, settings, model), shared
 
     def data(self, resolution, lengths=(TOKENS,)):
@@ -174,12 +179,15 @@ def section_bare(bench):
     yield bench.in_turn(("trainer ms", "bare ms", "overhead %"), step, bare_step)
 
 
-def section_switches(bench):
-    """a step with a flag on against one with it off, in turn"""
-    for flag in ("gradient_checkpointing",):
-        configs = [bench.config(**{flag: value}) for value in (True, False)]
-        steps = [functools.partial(timed_step, one, *bench.engine(one), bench.batches(one)) for one in configs]
-        yield {"flag": flag} | bench.in_turn(("on ms", "off ms", "on costs more %"), *steps)
+def section_recompute(bench):
+    """a step with each value of --recompute, in turn"""
+    configs = [bench.config(recompute=choice) for choice in cv4ctrl.RECOMPUTE]
+    frame = bench.times(
+        *(functools.partial(timed_step, one, *bench.engine(one), bench.batches(one)) for one in configs)
+    )
+    for n, one in enumerate(configs):
+        relative = spread(frame[n] / frame[len(configs) - 1])
+        yield {"recompute": one.recompute, "ms": spread(frame[n], 1e3), "relative to all": relative}
 
 
 def section_mixed(bench):
@@ -210,25 +218,37 @@ def section_encode(bench):
 def section_reference(bench):
     """samples/s against the example, which encodes in every step; in turn, same base, rows, batch, precision, steps"""
     data = bench.data(bench.flags.resolution)  # the example needs captions of multiples of 16 tokens
-    config = dataclasses.replace(bench.flags, dataset_name=data, max_train_steps=bench.options.steps)
     names = ("pretrained_model_name_or_path", "dataset_name", "resolution", "train_batch_size", "mixed_precision",
              "max_train_steps", "dataloader_num_workers")  # fmt: skip
-    words = [str(word) for name in names for word in (f"--{name}", getattr(config, name))]
-    words += ["--output_dir", f"{bench.folder}/example", *["--gradient_checkpointing"] * config.gradient_checkpointing]
-    command = [sys.executable, f"{ROOT}/tests/reference.py", bench.options.reference, *words]
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     parts = {name: (cv4ctrl, name) for name in ("fine_tune", "train", "save_checkpoint")}
-    measured = []
-    for n in range(bench.options.repeats):
+    load, measured = cv4ctrl.load_encoders, []
+    for n, visits in itertools.product(range(bench.options.repeats), VISITS):
+        steps = visits * bench.options.rows // bench.flags.train_batch_size
+        config = dataclasses.replace(bench.flags, dataset_name=data, max_train_steps=steps)
+        words = [str(word) for name in names for word in (f"--{name}", getattr(config, name))]
+        words += [
+            "--output_dir",
+            f"{bench.folder}/example",
+            *["--gradient_checkpointing"] * (config.recompute != "none"),
+        ]
+        command = [sys.executable, f"{ROOT}/tests/reference.py", bench.options.reference, *words]
         done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
-        with timed(**parts) as spent, mock.patch.object(cv4ctrl.dist, "destroy_process_group"):
-            cv4ctrl.run(dataclasses.replace(config, output_dir=f"{bench.folder}/run-{n}"))
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.object(cv4ctrl.dist, "destroy_process_group"))
+            if config.mixed_precision == "no":  # the example encodes in that precision, too
+                in_fp32 = lambda *args, **options: load(*args, **options).to(torch.float32)  # noqa: E731
+                stack.enter_context(mock.patch.object(cv4ctrl, "load_encoders", in_fp32))
+            spent = stack.enter_context(timed(**parts))
+            cv4ctrl.run(dataclasses.replace(config, output_dir=f"{bench.folder}/run-{n}-{visits}"))
         ours = [spent[part] - spent["save_checkpoint"] for part in ("fine_tune", "train")]
-        measured.append([float(done.stdout.split()[-1]), *ours])
-    frame = pandas.DataFrame(measured, columns=["example", "trainer, encoding included", "trainer, steps alone"])
-    for name, seconds in frame.items():
-        rates = config.max_train_steps * config.train_batch_size / seconds
-        yield {"": name, "samples/s": spread(rates), "relative to the example": spread(frame["example"] / seconds)}
+        measured.append([visits, steps * config.train_batch_size, float(done.stdout.split()[-1]), *ours])
+    columns = ["example", "trainer, encoding included", "trainer, steps alone"]
+    for visits, frame in pandas.DataFrame(measured, columns=["visits", "samples", *columns]).groupby("visits"):
+        for name in columns:
+            relative = spread(frame["example"] / frame[name])
+            rates = spread(frame["samples"] / frame[name])
+            yield {"visits a row": visits, "": name, "samples/s": rates, "relative to the example": relative}
 
 
 SECTIONS = {name[8:]: function for name, function in list(globals().items()) if name.startswith("section_")}
@@ -241,6 +261,9 @@ def main(argv):
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--steps", type=int, default=60, help="that count [60]")
     parser.add_argument("--repeats", type=int, default=3, help="of encode and reference [3]")
+    parser.add_argument(
+        "--in-proportion", action="store_true", help="a base whose parts work like those of CogView4-6B"
+    )
     parser.add_argument("--rows", type=int, default=64, help="of the data [64]")
     parser.add_argument("--reference", help="your copy of diffusers' train_control_cogview4.py; it needs accelerate")
     options, flags = parser.parse_known_args(argv[len(chosen) :])

@@ -44,14 +44,14 @@ def engine_file(folder, setting):
 
 def test_every_flag_of_the_example_is_taken_or_refused_by_name(refused):
     assert len(set(EXAMPLE)) == 58
-    assert set(EXAMPLE) - FLAGS.keys() == set(REFUSED.split())
+    assert set(EXAMPLE) - FLAGS.keys() == {*REFUSED.split(), "gradient_checkpointing"}
     for name in EXAMPLE:
         if name in FLAGS:
             choices = typing.get_args(FLAGS[name].type) or (FLAGS[name].type,)
             value = {bool: True, int: 3, float: 0.5, str: "x"}.get(choices[0], choices[-1])
             found = getattr(cv4ctrl.parse([f"--{name}", *([] if value is True else [str(value)])]), name)
             assert found in (value, ["x"]), name
-        else:
+        elif name in REFUSED.split():
             for words in ([f"--{name}"], [f"--{name}", "secret"], [f"--{name.replace('_', '-')}=secret"]):
                 line = refused(words)
                 assert words[0].split("=")[0] in line and "README" in line and "secret" not in line
@@ -65,9 +65,15 @@ def test_the_table_of_differences_from_the_example_is_right():
         assert {"on": "True", "off": "False"}.get(default, default) == str(FLAGS[name].default), name
 
 
+def test_the_flags_of_the_example_choose_what_is_recomputed():
+    for words, choice in (("", "auto"), ("--recompute some", "some"), ("--gradient_checkpointing", "all"),
+                          ("--gradient-checkpointing --no-gradient-checkpointing", "none")):  # fmt: skip
+        assert cv4ctrl.parse(words.split()).recompute == choice
+
+
 def test_defaults_are_the_recipe_of_the_original_document():
     recipe = {"learning_rate": 5e-5, "adam_weight_decay": 1e-4, "lr_scheduler": "cosine", "lr_warmup_steps": 1000}
-    recipe |= {"train_batch_size": 8, "mixed_precision": "bf16", "resolution": 1024, "gradient_checkpointing": True}
+    recipe |= {"train_batch_size": 8, "mixed_precision": "bf16", "resolution": 1024, "recompute": "auto"}
     assert {name: FLAGS[name].default for name in recipe} == recipe
     assert cv4ctrl.resolve(cv4ctrl.Config(total_batch_size=128), 8).gradient_accumulation_steps == 2
 
@@ -77,7 +83,7 @@ def test_defaults_are_the_recipe_of_the_original_document():
     ("--config_file=accelerate_ds.yaml", "config_file"), ("--num_processes 8", "num_processes"),
     ("--train_batch_size many", "train_batch_size many"), ("--train_batch_size 0", "train_batch_size 1"),
     ("--lr_scheduler zigzag", "lr_scheduler zigzag"), ("--report_to comet_ml", "comet_ml tensorboard"),
-    ("--control x", "control openpose"),
+    ("--control x", "control openpose"), ("--recompute half", "recompute some"),
     (f"--seed {2**64}", "seed"), ("--learning_rate nan", "learning_rate"), ("--learning_rate -1", "learning_rate"),
     ("--adam_beta2 1", "adam_beta2"),
     ("--max_train_samples 0", "max_train_samples"),

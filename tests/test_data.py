@@ -25,7 +25,7 @@ def read(config):
     """Reads row 0 of some rows -> (pixels by use, what is wrong)."""
 
     def run(row, **options):
-        found, wrong, parts = cv4ctrl.read_row(config(**options), ("pictures", "captions"), {}, [row], 0)
+        found, wrong, parts = cv4ctrl.read_row(config(**options), "pictures", "captions", {}, [row], 0)
         return [parts[key] for key in (found.image, found.control)] if found else None, wrong
 
     return run
@@ -187,14 +187,14 @@ def test_relative_paths_belong_to_the_data_set_and_not_to_the_working_folder(for
     here = config(dataset_name=name)
     opened = cv4ctrl.open_dataset(here)
     for id in range(2):
-        row, wrong, parts = cv4ctrl.read_row(here, ("pictures", "captions"), {}, opened, id)
+        row, wrong, parts = cv4ctrl.read_row(here, "pictures", "captions", {}, opened, id)
         assert not wrong and parts[row.control][0, 1].max() < 0.5, wrong
 
 
 def wrongs(config):
     """What is wrong with each row of a data set."""
     rows = cv4ctrl.open_dataset(config)
-    return [cv4ctrl.read_row(config, ("pictures", "captions"), {}, rows, id)[1] for id in range(len(rows))]
+    return [cv4ctrl.read_row(config, "pictures", "captions", {}, rows, id)[1] for id in range(len(rows))]
 
 
 def test_captions_that_are_no_text_are_bad_rows(config, flags, tmp_path):

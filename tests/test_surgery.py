@@ -1,11 +1,16 @@
 """The widened model is the base until it learns, and stays a plain CogView4Transformer2DModel."""
 
+from collections import Counter
+
 import pytest
 import torch
+from deepspeed.utils import safe_get_full_grad
 from diffusers import CogView4Transformer2DModel
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cv4ctrl
+import tiny
 
 
 def load(folder, dtype=torch.float32):
@@ -70,3 +75,61 @@ def test_a_missing_weight_is_an_error(widened, tmp_path):
     save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
     with pytest.raises(RuntimeError, match="proj_out.bias"):
         load(tmp_path)
+
+
+def micro_batch(masked):
+    """Three samples with 32 tokens, of which two are padded, or none."""
+    random = torch.Generator().manual_seed(0)
+    batch = {name: torch.randn(3, 16, 8, 8, generator=random) for name in ("latents", "control", "noise")}
+    batch |= {"timestep": torch.tensor([5.0, 300.0, 900.0]), "sigma": torch.tensor([0.1, 0.5, 0.9])}
+    batch["prompt_embeds"] = torch.randn(3, 32, 32, generator=random)
+    return batch | {"mask": torch.arange(32) < torch.tensor([[16], [32], [20]]) if masked else None}
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_gradients_of_the_engine_are_bitwise_the_same_whatever_is_recomputed(precision, base, config, device):
+    config = config(mixed_precision=precision, train_batch_size=3)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    settings = cv4ctrl.engine_settings(config)
+    found = {}
+    for choice in cv4ctrl.RECOMPUTE:
+        model = tiny.control_model(base).to(dtype)
+        cv4ctrl.fit_engine(config, settings, model, cv4ctrl.cards_of(config), 32)
+        cv4ctrl.recompute(model, choice)
+        shared = cv4ctrl.prepare(model, 64, device, dtype)
+        engine = cv4ctrl.start_engine(config, settings, model)  # its learning rate is 0
+        for masked in (False, True):
+            engine.backward(cv4ctrl.batch_loss(engine, shared, micro_batch(masked)))
+            found[choice, masked] = [safe_get_full_grad(weight).clone() for weight in model.parameters()]
+            engine.step()
+    for choice, masked in found:
+        for gradient, expected in zip(found[choice, masked], found["none", masked], strict=True):
+            assert expected.any() and torch.equal(gradient, expected)
+    assert not torch.equal(found["none", True][0], found["none", False][0])
+
+
+class Calls(TorchDispatchMode):
+    """Counts calls of attention and of linear layers, these by the shape of their weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        attention = op is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        self.count["attention" if attention else args[2].shape if op is torch.ops.aten.addmm.default else None] += 1
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("choice, attention, square, up, down", [
+    ("none", 1, 4, 2, 2), ("some", 1, 4, 4, 2), ("most", 1, 8, 4, 2), ("all", 2, 8, 4, 4)
+])  # fmt: skip
+def test_what_is_recomputed(choice, attention, square, up, down, base):
+    """In each of two blocks; its feed-forward part runs twice, on the image and on the text."""
+    model = tiny.control_model(base)
+    cv4ctrl.recompute(model, choice)
+    shared = cv4ctrl.prepare(model, 64, torch.device("cpu"), torch.float32)
+    with Calls() as calls:
+        cv4ctrl.batch_loss(model, shared, micro_batch(masked=True)).backward()
+    found = [calls.count[key] for key in ("attention", (64, 64), (64, 256), (256, 64))]
+    assert found == [2 * attention, 2 * square + 1, 2 * up, 2 * down]  # and a product of the time embedding
