@@ -64,7 +64,7 @@ CARDS = {"A100-40GB": (40e9, 312e12), "A100-80GB": (80e9, 312e12), "H100-80GB": 
          "H200-141GB": (141e9, 989e12), "B200-180GB": (180e9, 2250e12)}  # fmt: skip
 CONTROLS = "column canny hed leres lineart lineart_anime midas mlsd normalbae openpose pidinet zoe".split()
 # --recompute, fastest first -> tensors of (B, S, D) that a block keeps. all: its input; most: also the outputs
-# of attention and the down projection; some: also those of the D x D products; none: all.
+# of attention and the down projection; some: also those of the D x D products; none: everything.
 RECOMPUTE = {"none": 22, "some": 7, "most": 3, "all": 1}
 USABLE_MEMORY = 0.94  # of a card; CUDA, NCCL and fragmentation take the rest
 UTILISATION = 0.4  # of a card's peak; published full fine-tunings of this size reach 0.22 to 0.48
