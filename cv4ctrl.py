@@ -59,20 +59,21 @@ PIXELS_PER_LATENT = 8  # the VAE reduces each side 8 times
 PIXELS_PER_TOKEN = 16  # the transformer takes patches of 2 x 2 latents
 RANK = int(os.environ.get("RANK", 0))  # set by every launcher
 WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
-Cards = namedtuple("Cards", "number name memory flops")  # bytes or inf, dense bf16 FLOP/s (data sheets) or 0
-CARDS = {"A100-40GB": (40e9, 312e12), "A100-80GB": (80e9, 312e12), "H100-80GB": (80e9, 989e12),
-         "H200-141GB": (141e9, 989e12), "B200-180GB": (180e9, 2250e12)}  # fmt: skip
+Cards = namedtuple("Cards", "number name memory flops")
+CARDS = {  # bytes of memory as PyTorch reports them; dense bf16 FLOP/s, NVIDIA's data sheets
+    "A100-40GB": (42.4e9, 312e12), "A100-80GB": (85e9, 312e12), "H100-80GB": (85e9, 989e12),
+    "H200-141GB": (150e9, 989e12), "B200-180GB": (191e9, 2250e12)}  # fmt: skip
 CONTROLS = "column canny hed leres lineart lineart_anime midas mlsd normalbae openpose pidinet zoe".split()
-# --recompute, fastest first -> tensors of (B, S, D) that a block keeps. all: its input; most: also the outputs
-# of attention and the down projection; some: also those of the D x D products; none: everything.
+# --recompute, fastest first: tensors of (batch, tokens, width) that a block keeps. all: its input; most: also
+# the outputs of attention and the down projection; some: also those of the D x D products; none: everything.
 RECOMPUTE = {"none": 22, "some": 7, "most": 3, "all": 1}
-USABLE_MEMORY = 0.94  # of a card; CUDA, NCCL and fragmentation take the rest
+USABLE_MEMORY = 0.9  # of a card; CUDA, NCCL and fragmentation take the rest
 UTILISATION = 0.4  # of a card's peak; published full fine-tunings of this size reach 0.22 to 0.48
 
 
-# === configuration ==========================================================================================
+# === configuration ===
 class Failure(Exception):
-    """Ends the run with one line. code: 1 a failure, 2 a wrong request, 75 stopped by a signal."""
+    """Ends the run, from anywhere, with one line. code: 1 a failure, 2 a wrong request, 75 stopped."""
 
     def __init__(self, message, code=1):
         super().__init__(message)
@@ -123,7 +124,7 @@ class Config:
     train_batch_size: int = flag(8, "samples per micro-batch and rank")
     gradient_accumulation_steps: int = flag(1, "micro-batches per step and rank")
     total_batch_size: int | None = flag(None, "samples per step over all ranks; sets the accumulation")
-    recompute: Literal["auto", "all", "most", "some", "none"] = flag("auto", "what the backward pass repeats")
+    recompute: Literal["auto", "all", "most", "some", "none"] = flag("auto", "work repeated to save memory")
     max_train_steps: int | None = flag(None, "optimizer steps; overrides --num_train_epochs")
     num_train_epochs: int = flag(1, "passes over the data")
     learning_rate: float = flag(5e-5, "peak learning rate, after warm-up")
@@ -161,23 +162,21 @@ mixed_precision proportion_empty_prompts""".split()
 
 
 def parse(argv=None):
-    """Command line -> Config; `-` and `_` are the same. Raises Failure."""
+    """Command line -> Config; `-` and `_` are the same."""
     parser = transformers.HfArgumentParser(Config, prog="cv4ctrl.py", allow_abbrev=False)
     parser.error = functools.partial(require, False)
     parser.add_argument("--local_rank", help="==SUPPRESS==")  # which the deepspeed launcher passes
     for name, choice in (("gradient_checkpointing", "all"), ("no_gradient_checkpointing", "none")):
-        options = dict(dest="recompute", action="store_const", const=choice, help=f"--recompute {choice}")
-        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", **options)
+        options = dict(dest="recompute", action="store_const", const=choice, default="==SUPPRESS==")
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", **options, help="see --recompute")
     config, _, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
-    for word in unknown:
-        raise Failure(
-            f"not taken: {word.partition('=')[0]}; see --help, and README.md for diffusers' flags", 2
-        )
+    named = "".join(unknown[:1]).partition("=")[0]  # not its value: it may be a secret
+    require(not unknown, f"not taken: {named}; see --help, and README.md for diffusers' flags")
     return config
 
 
 def check(config):
-    """Checks the flags by themselves. Raises Failure."""
+    """Checks the flags by themselves."""
     for name, value in dataclasses.asdict(config).items():
         require(value != "", f"--{name}: must not be empty")
         if type(value) in (int, float):
@@ -207,7 +206,7 @@ def resolve(config, world):
     return dataclasses.replace(config, **filled)
 
 
-# === flow matching ==========================================================================================
+# === flow matching ===
 # Pure functions of tensors, in fp32: in bf16 only 347 of the 1000 sigmas at 1024 px are distinct.
 def shifted_sigma(timestep, image_tokens):
     """Unshifted timestep 0 ... 1000 -> sigma 0 ... 1 that scales the noise, as the scheduler shifts it."""
@@ -216,13 +215,12 @@ def shifted_sigma(timestep, image_tokens):
     return mu * sigma / (mu * sigma + 1 - sigma)  # mu / (mu + 1 / sigma - 1), defined at 0 too
 
 
-# === control surgery ========================================================================================
+# === control surgery ===
 def load_transformer(folder, dtype=None, device="meta"):
     """Widened CogView4Transformer2DModel of a folder, read straight to `device`, or without weights."""
-    config = json.loads(Path(folder, "config.json").read_text())
+    shape = json.loads(Path(folder, "config.json").read_text())
     with torch.device("meta"):
-        wide = config | {"in_channels": 2 * LATENT_CHANNELS}
-        model = diffusers.CogView4Transformer2DModel.from_config(wide)
+        model = diffusers.CogView4Transformer2DModel.from_config(shape | {"in_channels": 2 * LATENT_CHANNELS})
     if device == "meta":
         return model
     files = {Path(folder, "diffusion_pytorch_model.safetensors")}
@@ -231,7 +229,7 @@ def load_transformer(folder, dtype=None, device="meta"):
     state = {}
     for file in files:
         state |= {name: tensor.to(dtype) for name, tensor in load_file(file, str(device)).items()}
-    if config["in_channels"] == LATENT_CHANNELS:  # (D, channels x p x p): the control's columns are appended
+    if shape["in_channels"] == LATENT_CHANNELS:  # (D, channels x p x p): the control's columns are appended
         weight = state["patch_embed.proj.weight"]
         state["patch_embed.proj.weight"] = torch.cat([weight, torch.zeros_like(weight)], dim=1)
     model.load_state_dict(state, assign=True)
@@ -239,7 +237,7 @@ def load_transformer(folder, dtype=None, device="meta"):
 
 
 def recompute(model, choice):
-    """Makes the blocks keep only what RECOMPUTE says; gradients stay bitwise the same."""
+    """Makes the blocks keep only what RECOMPUTE says; the arithmetic stays the same."""
 
     def policy(context, operator, *args, **kwargs):
         keep = operator.name().startswith("aten::_scaled_dot_product_")  # CPU, flash, efficient or cuDNN
@@ -254,7 +252,7 @@ def recompute(model, choice):
         model.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=False, **options))
 
 
-# === forward pass ===========================================================================================
+# === forward pass ===
 class KeyMaskAttention:
     """CogView4AttnProcessor with a mask that masks: boolean (B, 1, 1, S), False for padding. The installed
     one adds it to the logits, which hides nothing. The transpose comes last: SDPA's output needs no copy."""
@@ -304,7 +302,7 @@ def batch_loss(model, shared, batch):
     return F.mse_loss(predict(model, shared, noisy, *inputs).float(), velocity)
 
 
-# === ranks and files ========================================================================================
+# === ranks and files ===
 def all_gather_objects(item):
     """`item` of every rank, by rank, on every rank."""
     items = [None] * WORLD
@@ -314,7 +312,7 @@ def all_gather_objects(item):
 
 @contextlib.contextmanager
 def fail_together():
-    """A file error inside, on any rank, ends all ranks after the block. Raises Failure."""
+    """A file error inside, on any rank, ends all ranks after the block."""
     error = None
     try:
         yield
@@ -363,7 +361,7 @@ def write_aside(file, write, sync=True):
     os.replace(aside, file)
 
 
-# === encode once ============================================================================================
+# === encode once ===
 # One safetensors file an entry; its key is a digest of all that it depends on, so that none is stale.
 Row = namedtuple("Row", "id image control caption")
 
@@ -403,7 +401,7 @@ def load_splits(name, config_name):
 
 
 def open_dataset(config):
-    """Rows of the data set: rows[i] is a dict, images undecoded. Raises Failure."""
+    """Rows of the data set: rows[i] is a dict, images undecoded."""
     datasets.disable_progress_bars()
     name = config.jsonl_for_train or config.dataset_name
     needed = {config.image_column, config.conditioning_image_column, config.caption_column}
@@ -440,7 +438,7 @@ def load_detector(name):
 
 
 def read_picture(config, content, use):
-    """Content of a picture file -> (pixels (1, 3, H, W) in -1 ... 1, width / height). Raises Failure."""
+    """Content of a picture file -> (pixels (1, 3, H, W) in -1 ... 1, width / height)."""
     side = config.resolution
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
     if image.mode[0] in "IF":  # converted to RGB, as inference does it, it would be clipped
@@ -582,7 +580,7 @@ def encode(config, base, rows, device):
     return Encoded(folder, sizes[0], train, held_out, digest(of_captions, ""))
 
 
-# === sample stream ==========================================================================================
+# === sample stream ===
 # Sample k of a run is a pure function of (seed, k); ranks, threads and restarts only ask for it.
 def generator(*address):
     """Random generator of an address such as (seed, "noise", k)."""
@@ -627,7 +625,7 @@ class Stream(namedtuple("Stream", "config encoded rank world")):
         size = self.config.train_batch_size
         total = self.config.total_batch_size
         of_step = range(step * total, (step + 1) * total)
-        by_length = sorted(of_step, key=lambda k: self.encoded.sizes[self.row(k)[1]])
+        by_length = sorted(of_step, key=lambda k: self.encoded.sizes[self.row(k)[1]])  # of captions
         mine = by_length[(turn * self.world + self.rank) * size :][:size]
         return collate([self.sample(*self.row(k), self.timestep(k), "noise", k) for k in mine], device)
 
@@ -649,7 +647,7 @@ def collate(samples, device):
     return {"mask": None} | {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-# === evaluation =============================================================================================
+# === evaluation ===
 @torch.no_grad()
 def euler_sample(model, shared, x, control, prompt_embeds, empty_embeds, steps, guidance):
     """Noise x (1, 16, h, w) -> latents in the pipeline's steps; guidance > 1 mixes in the empty prompt."""
@@ -728,7 +726,7 @@ def validate(model, shared, stream, base, step):
     return picture
 
 
-# === engine and checkpoints =================================================================================
+# === engine and checkpoints ===
 # What continues a run is kept by parameter, not by rank: any number of ranks continues from it.
 ENGINE_CHOICES = {"stage": (1, 2), "device": ("auto", "cpu", "none")}
 ENGINE_CHOICES |= dict.fromkeys(("grad_accum_dtype", "communication_data_type"), ("fp32", "bf16"))
@@ -860,13 +858,13 @@ def find_checkpoint(config):
 
 
 def check_same_run(manifest, identity):
-    """Refuses to continue where samples or state would change. Raises Failure."""
+    """Refuses to continue where samples or state would change."""
     for name, now in identity.items():
         saved = manifest.get("identity", {}).get(name, now)
         require(saved == now, f"{name} was {saved} and is {now}: restore it, or take another --output_dir")
 
 
-# === the loop ===============================================================================================
+# === the loop ===
 class Log:
     """metrics.jsonl, tracker and progress bar of rank 0."""
 
@@ -882,7 +880,7 @@ class Log:
             write_aside(file, lambda path: path.write_text("".join(kept)))
 
     def write(self, kind, step, figures, picture=None):
-        """Writes a row of figures, kind "train" or "probe", and shows its numbers. Raises Failure."""
+        """Writes a row of figures, kind "train" or "probe", and shows its numbers."""
         with fail_together():
             if RANK == 0:
                 with open(self.folder / "metrics.jsonl", "a") as file:
@@ -929,10 +927,11 @@ def train_step(engine, shared, batches, config, rate):
 
 
 def train(engine, stream, shared, base, identity, start, steps, skipped):
-    """Optimizer steps start + 1 ... steps with evaluations and checkpoints. Raises Failure."""
+    """Optimizer steps start + 1 ... steps with evaluations and checkpoints."""
     config = stream.config
-    options = (config.lr_scheduler, torch.optim.SGD([torch.zeros(1)]), None, config.lr_warmup_steps, steps)
-    schedule = diffusers.optimization.get_scheduler(*options).lr_lambdas[0]
+    unused = torch.optim.SGD([torch.zeros(1)])  # get_scheduler wants an optimizer
+    options = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": steps}
+    schedule = diffusers.optimization.get_scheduler(config.lr_scheduler, unused, **options).lr_lambdas[0]
     log = Log(config, start, steps)
     watch = functools.partial(faulthandler.dump_traceback_later, 60 * config.timeout_minutes, exit=True)
     watch()  # if a rank hangs, all print their stacks and end
@@ -970,9 +969,9 @@ def train(engine, stream, shared, base, identity, start, steps, skipped):
     faulthandler.cancel_dump_traceback_later()
 
 
-# === the plan ===============================================================================================
+# === the plan ===
 def cards_of(config):
-    """Cards of --plan_for, or those that are here. Raises Failure."""
+    """Cards of --plan_for, or those that are here."""
     if config.plan_for:
         number, _, name = config.plan_for.partition("x")
         known = number.isdigit() and int(number) > 0 and name in CARDS
@@ -986,43 +985,43 @@ def cards_of(config):
 
 
 def cost_of_step(config, zero, model, cards, tokens):
-    """({--recompute: {part: bytes of a card at the peak of a step, in a backward pass}}; FLOP a sample)."""
+    """({choice of --recompute: {part: bytes of a card at the peak of a step}}, FLOP of a sample)."""
     size = 2 if config.mixed_precision == "bf16" else 4
     weights = model.num_parameters()
     blocks = len(model.transformer_blocks)
     width = model.config.num_attention_heads * model.config.attention_head_dim
     sequence = (config.resolution // PIXELS_PER_TOKEN) ** 2 + tokens
     offloaded = zero["offload_optimizer"]["device"] == "cpu"
-    # Tensors of (B, S, D): besides those that are kept, the block in its backward pass has all 22, and 4 for
-    # the gradient of gelu. Three gradients of its weights, 4 D x D each, wait to be summed.
-    kept = {choice: (blocks - 1) * tensors + 22 + 4 for choice, tensors in RECOMPUTE.items()}
-    values = {choice: n * config.train_batch_size * sequence * width for choice, n in kept.items()}
+    # The block in its backward pass has all 22 tensors of (batch, tokens, width), and 4 for the gradient of
+    # gelu; three gradients of its weights, 4 D x D each, wait to be summed. The others have what they keep.
+    tensor = size * config.train_batch_size * sequence * width
+    held = {choice: (blocks - 1) * kept + 22 + 4 for choice, kept in RECOMPUTE.items()}
     memory = {
         "weights": size * weights,
         "gradients": 4 * weights / (cards.number if zero["stage"] == 2 else 1),
         "buckets": zero["reduce_bucket_size"] * (2 * size + 4),
         "optimizer": 0 if offloaded else 12 * weights / cards.number,  # fp32 weights and Adam's moments
     }
-    costs = {choice: memory | {"activations": size * (n + 12 * width**2)} for choice, n in values.items()}
+    costs = {c: memory | {"activations": n * tensor + 12 * size * width**2} for c, n in held.items()}
     return costs, 12 * blocks * width * sequence * (6 * width + sequence)  # nothing repeated
 
 
 def fit_engine(config, settings, model, cards, tokens):
-    """Decides what is "auto" in config and, in place, in settings -> (config, *cost_of_step)."""
+    """Replaces each "auto": returns config, changes settings in place -> (config, *cost_of_step)."""
     zero = settings["zero_optimization"]
     asked = zero["reduce_bucket_size"]
     asked = min(model.num_parameters(), 50_000_000) if asked == "auto" else asked  # small models: one bucket
     # DeepSpeed 0.19.8 may free a gradient larger than a bucket before it has been sent (reduce_ipg_grads).
     zero["reduce_bucket_size"] = max(asked, *(parameter.numel() for parameter in model.parameters()))
-    device = zero["offload_optimizer"]["device"]
-    devices = ["none", "cpu"] if device == "auto" else [device]
+    asked = zero["offload_optimizer"]["device"]
+    devices = ["none", "cpu"] if asked == "auto" else [asked]
     fastest_first = list(RECOMPUTE) if math.isfinite(cards.memory) else ["all"]
     choices = fastest_first if config.recompute == "auto" else [config.recompute]
-    for device, choice in itertools.product(devices, choices):  # to recompute costs less than to offload
+    for device, choice in itertools.product(devices, choices):  # offloading costs more than recomputing
         zero["offload_optimizer"]["device"] = device
         costs, flops = cost_of_step(config, zero, model, cards, tokens)
         if sum(costs[choice].values()) <= USABLE_MEMORY * cards.memory:
-            break
+            break  # else the last ones stand, for claim() to refuse
     return dataclasses.replace(config, recompute=choice), costs, flops
 
 
@@ -1034,7 +1033,7 @@ def print_plan(config, zero, rows, steps, start, weights, cards, costs, flops):
     parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in costs[config.recompute].items())
     sums = {choice: sum(memory.values()) / 1e9 for choice, memory in costs.items()}
     if zero["offload_optimizer"]["device"] == "cpu":
-        parts += f"; of the hosts {18 * weights / 1e9:.0f} GB in all"  # fp32 gradients and bf16 weights, too
+        parts += f"; of the hosts at least {18 * weights / 1e9:.0f} GB"  # fp32 gradients, bf16 weights, too
     print(f"""\
 engine  {config.deepspeed_config or "the shipped ds_config.json"}, ZeRO stage {zero["stage"]}
 rows    {rows}, of which at most a tenth is held out
@@ -1049,9 +1048,9 @@ disk    {saved / 1e9:.1f} GB a checkpoint, {encoded / 1e9:.1f} GB of encoded pic
         print(f"time    {seconds:.1f} s a step, {hours:.1f} hours, at {UTILISATION:.0%} of the cards' peak")
 
 
-# === main ===================================================================================================
+# === main ===
 def find_base(config, weights):
-    """Folder of the base, with its weights or without, downloaded if need be. Raises Failure."""
+    """Folder of the base, with its weights or without, downloaded if need be."""
     name = config.pretrained_model_name_or_path
     patterns = ["*.json", "*.txt", "*.model"] + ["*.safetensors"] * weights
     with explained(f"--pretrained_model_name_or_path {name}"):
@@ -1065,7 +1064,7 @@ def find_base(config, weights):
 
 
 def push(config, repository, steps):
-    """Uploads weights, figures, the last picture and a model card. Raises Failure."""
+    """Uploads weights, figures, the last picture and a model card."""
     folder = Path(config.output_dir)
     picture = f"validation/step-{steps}.png"
     data = config.jsonl_for_train or config.dataset_name
@@ -1085,7 +1084,7 @@ def count_steps(config, rows):
 
 
 def fine_tune(config, settings, cards, base, rows, found, manifest, identity):
-    """Encodes, trains, puts the weights into output_dir -> optimizer steps. Raises Failure."""
+    """Encodes, trains, puts the weights into output_dir -> optimizer steps."""
     folder = Path(config.output_dir)
     device = start_ranks(1.5 * config.timeout_minutes)  # the watch of train() is faster
     same_folder = all(all_gather_objects((folder / ".lock").exists()))  # rank 0 has made it
@@ -1147,7 +1146,7 @@ def claim(config, settings, model, cards, memory):
 
 
 def run(config):
-    """From the flags to trained weights, or to the plan. Raises Failure."""
+    """From the flags to trained weights, or to the plan."""
     check(config)
     cards = cards_of(config)
     config = resolve(config, cards.number)

@@ -33,9 +33,11 @@ import tiny  # noqa: E402
 WARM_UP = 3  # steps that do not count
 TOKENS = 16  # of a caption
 VISITS = (1, 3, 10)  # of each row, in the section reference
-# A base whose parts stand, at 256 px and 16 tokens, in CogView4-6B's proportion of work a sample at 1024 px: transformer
-# forward and backward 167 TFLOP, VAE 19 a picture, text encoder 2.4. Here they are 22.4, 2.5 and 0.34 GFLOP.
-PROPORTIONS = dict(layers=4, heads=8, head_dim=64, text_dim=768, vae_channels=(16, 36, 64, 64))
+# A base whose parts stand, at 256 px and 16 tokens, in the proportion of work that CogView4-6B's have at 1024 px: there
+# forward and backward pass 167 TFLOP, VAE 19 a picture, text encoder 2.4; here 22.4, 2.5 and 0.34 GFLOP.
+PROPORTIONS = dict(
+    layers=4, heads=8, head_dim=64, text_dim=768, vae_channels=(16, 36, 64, 64), words=tiny.all_captions()
+)
 
 
 def spread(values, scale=1.0):

@@ -13,7 +13,9 @@ seconds = {}
 
 
 def timed_update(bar, n=1):
-    seconds[bar.desc] = bar.format_dict["elapsed"]  # the example makes its bar right before the first step
+    seconds[getattr(bar, "desc", None)] = bar.format_dict[
+        "elapsed"
+    ]  # the example makes its bar right before the first step
     return update(bar, n)
 
 

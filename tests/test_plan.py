@@ -104,27 +104,27 @@ def test_memory_of_a_step_of_a_real_engine(stage, config, device, base):
     assert sum(costs[chosen.recompute].values()) == pytest.approx(live.peak, rel=0.05)
 
 
-# GB of a card at 1024 px with 128 tokens. 6.37 billion weights take 12.7 in bf16, buckets 0.5 (8 bytes for each of the 67
-# million numbers of the largest weight), fp32 gradients 25.5 / N on N cards, and unless they are offloaded fp32 weights
-# and Adam's moments 76.4 / N. 0.94 of a card can be used: 37.6, 75.2, 132.5. What remains for activations is in the
+# GB of a card at 1024 px with 128 tokens. 6.37 billion weights take 12.7 in bf16, buckets 0.5 (8 bytes for each number
+# of the largest weight, 67 million), fp32 gradients 25.5 / N on N cards, and unless they are offloaded fp32 weights and
+# Adam's moments 76.4 / N. 0.9 of a card can be used: 38.2, 76.5, 135.0. What remains for activations is in the
 # table, without offloading and with it. They take with 1, 4, 8 samples: none 21.9, 86.2, 172.0; some 7.8, 30.2, 59.9;
 # most 4.1, 15.2, 30.0; all 2.2, 7.7, 15.1. Offloading is last: it costs more than to recompute.
 @pytest.mark.parametrize("number, card, left, left_offloaded, with_1, with_4, with_8", [
-    (1, "A100-40GB", -77.6, -1.2, "all/cpu", "all/cpu", "all/cpu"),  # does not fit at all: refused by claim()
-    (1, "A100-80GB", -40.0, 36.4, "none/cpu", "some/cpu", "most/cpu"),  # offloaded in any case: 21.9, 30.2, 30.0 fit
-    (1, "H200-141GB", 17.4, 93.8, "some/none", "most/none", "all/none"),  # 7.8, 15.2, 15.1 fit, so none is offloaded
-    (2, "A100-40GB", -26.6, 11.6, "some/cpu", "all/cpu", "all/cpu"),  # 7.8, 7.7 fit; 15.1 does not: refused
-    (2, "A100-80GB", 11.0, 49.2, "some/none", "all/none", "most/cpu"),  # 7.8, 7.7 fit; 15.1 only offloaded, 30.0 then
-    (2, "H200-141GB", 68.3, 106.5, "none/none", "some/none", "some/none"),  # 21.9, 30.2, 59.9 fit
-    (4, "A100-40GB", -1.1, 18.0, "some/cpu", "most/cpu", "all/cpu"),  # offloaded in any case: 7.8, 15.2, 15.1 fit
-    (4, "A100-80GB", 36.5, 55.6, "none/none", "some/none", "most/none"),  # 21.9, 30.2, 30.0 fit
-    (4, "H200-141GB", 93.8, 112.9, "none/none", "none/none", "some/none"),  # 21.9, 86.2, 59.9 fit
-    (8, "A100-40GB", 11.6, 21.2, "some/none", "all/none", "all/cpu"),  # 7.8, 7.7 fit; 15.1 only offloaded, 30.0 never
-    (8, "A100-80GB", 49.2, 58.8, "none/none", "some/none", "most/none"),  # 21.9, 30.2, 30.0 fit; 59.9 does not
-    (8, "H200-141GB", 106.5, 116.1, "none/none", "none/none", "some/none"),  # 21.9, 86.2, 59.9 fit
-    (64, "A100-40GB", 22.7, 23.9, "none/none", "most/none", "all/none"),  # 21.9, 15.2, 15.1 fit
-    (64, "A100-80GB", 60.3, 61.5, "none/none", "some/none", "some/none"),  # 21.9, 30.2, 59.9 fit
-    (64, "H200-141GB", 117.7, 118.9, "none/none", "none/none", "some/none"),  # 21.9, 86.2, 59.9 fit
+    (1, "A100-40GB", -77.0, -0.6, "all/cpu", "all/cpu", "all/cpu"),  # does not fit at all: refused by claim()
+    (1, "A100-80GB", -38.7, 37.7, "none/cpu", "some/cpu", "most/cpu"),  # offloaded in any case: 21.9, 30.2, 30.0 fit
+    (1, "H200-141GB", 19.8, 96.2, "some/none", "most/none", "all/none"),  # 7.8, 15.2, 15.1 fit, so none is offloaded
+    (2, "A100-40GB", -26.0, 12.2, "some/cpu", "all/cpu", "all/cpu"),  # 7.8, 7.7 fit; 15.1 does not: refused
+    (2, "A100-80GB", 12.3, 50.5, "some/none", "all/none", "most/cpu"),  # 7.8, 7.7 fit; 15.1 only offloaded, 30.0 then
+    (2, "H200-141GB", 70.8, 109.0, "none/none", "some/none", "some/none"),  # 21.9, 30.2, 59.9 fit
+    (4, "A100-40GB", -0.6, 18.5, "some/cpu", "most/cpu", "all/cpu"),  # offloaded in any case: 7.8, 15.2, 15.1 fit
+    (4, "A100-80GB", 37.7, 56.8, "none/none", "some/none", "most/none"),  # 21.9, 30.2, 30.0 fit
+    (4, "H200-141GB", 96.2, 115.3, "none/none", "none/none", "some/none"),  # 21.9, 86.2, 59.9 fit
+    (8, "A100-40GB", 12.2, 21.7, "some/none", "all/none", "all/cpu"),  # 7.8, 7.7 fit; 15.1 only offloaded, 30.0 never
+    (8, "A100-80GB", 50.5, 60.0, "none/none", "some/none", "most/none"),  # 21.9, 30.2, 30.0 fit; 59.9 does not
+    (8, "H200-141GB", 109.0, 118.5, "none/none", "none/none", "some/none"),  # 21.9, 86.2, 59.9 fit
+    (64, "A100-40GB", 23.3, 24.5, "none/none", "most/none", "all/none"),  # 21.9, 15.2, 15.1 fit
+    (64, "A100-80GB", 61.6, 62.8, "none/none", "some/none", "some/none"),  # 21.9, 30.2, 59.9 fit
+    (64, "H200-141GB", 120.1, 121.3, "none/none", "none/none", "some/none"),  # 21.9, 86.2, 59.9 fit
 ])  # fmt: skip
 def test_what_is_given_up(number, card, left, left_offloaded, with_1, with_4, with_8, cogview, config):
     cards = cv4ctrl.Cards(number, card, *cv4ctrl.CARDS[card])
@@ -136,7 +136,7 @@ def test_what_is_given_up(number, card, left, left_offloaded, with_1, with_4, wi
         device = settings["zero_optimization"]["offload_optimizer"]["device"]
         assert f"{chosen.recompute}/{device}" == expected
         memory = costs[chosen.recompute]
-        room = 0.94 * cards.memory - (sum(memory.values()) - memory["activations"])
+        room = 0.9 * cards.memory - (sum(memory.values()) - memory["activations"])
         assert room / 1e9 == pytest.approx(left if device == "none" else left_offloaded, abs=0.1)
 
 
@@ -164,7 +164,7 @@ def test_a_bucket_holds_the_largest_weight(cogview, config):
 
 
 @pytest.mark.parametrize("memory, device, compiler, said", [
-    (75.3e9, "none", "g++", "a step takes 100% of the memory"), (75e9, "cpu", None, "DeepSpeed needs g++"),
+    (72.1e9, "none", "g++", "a step takes 100% of the memory"), (72e9, "cpu", None, "DeepSpeed needs g++"),
 ])  # fmt: skip
 def test_what_cannot_run_is_refused(memory, device, compiler, said, config, cogview, monkeypatch):
     monkeypatch.setattr(cv4ctrl.shutil, "which", lambda name: compiler)
@@ -189,7 +189,7 @@ def test_the_printed_plan(cogview, flags, capsys, tmp_path):
         assert plan["encode"].startswith("96 pictures and 49 captions")
         disk = 14 * 6.37, 48 * 2 * 32 * 128**2 * 2 / 1e9
         assert plan["disk"] == "{:.1f} GB a checkpoint, {:.1f} GB of encoded pictures".format(*disk)
-        total, parts = plan["memory"].split(" of 80 GB on each H100-80GB: ")
+        total, parts = plan["memory"].split(" of 85 GB on each H100-80GB: ")
         sizes = {part: float(size) for part, size in (part.split() for part in parts.split(";")[0].split(", "))}
         assert float(total) == pytest.approx(sum(sizes.values()), abs=0.3)
         chosen, of_each = plan["--recompute"].split("; ")
@@ -197,7 +197,7 @@ def test_the_printed_plan(cogview, flags, capsys, tmp_path):
         assert list(of_each) == ["none", "some", "most", "all"] and of_each[chosen] == total
         assert chosen == ("none" if more else "some")
         assert (sizes["weights"], sizes["gradients"], sizes["buckets"]) == (12.7, 3.2, 0.5)
-        assert sizes["optimizer"] == (0 if more else 9.6) and ("of the hosts 115 GB" in parts) == bool(more)
+        assert sizes["optimizer"] == (0 if more else 9.6) and ("of the hosts at least 115 GB" in parts) == bool(more)
     assert not list(tmp_path.iterdir())
 
 

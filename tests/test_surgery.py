@@ -1,13 +1,11 @@
 """The widened model is the base until it learns, and stays a plain CogView4Transformer2DModel."""
 
-from collections import Counter
-
 import pytest
 import torch
 from deepspeed.utils import safe_get_full_grad
 from diffusers import CogView4Transformer2DModel
 from safetensors.torch import save_file
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import cv4ctrl
 import tiny
@@ -108,28 +106,17 @@ def test_gradients_of_the_engine_are_bitwise_the_same_whatever_is_recomputed(pre
     assert not torch.equal(found["none", True][0], found["none", False][0])
 
 
-class Calls(TorchDispatchMode):
-    """Counts calls of attention and of linear layers, these by the shape of their weights."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = Counter()
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        attention = op is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-        self.count["attention" if attention else args[2].shape if op is torch.ops.aten.addmm.default else None] += 1
-        return op(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("choice, attention, square, up, down", [
-    ("none", 1, 4, 2, 2), ("some", 1, 4, 4, 2), ("most", 1, 8, 4, 2), ("all", 2, 8, 4, 4)
-])  # fmt: skip
-def test_what_is_recomputed(choice, attention, square, up, down, base):
-    """In each of two blocks; its feed-forward part runs twice, on the image and on the text."""
-    model = tiny.control_model(base)
-    cv4ctrl.recompute(model, choice)
-    shared = cv4ctrl.prepare(model, 64, torch.device("cpu"), torch.float32)
-    with Calls() as calls:
-        cv4ctrl.batch_loss(model, shared, micro_batch(masked=True)).backward()
-    found = [calls.count[key] for key in ("attention", (64, 64), (64, 256), (256, 64))]
-    assert found == [2 * attention, 2 * square + 1, 2 * up, 2 * down]  # and a product of the time embedding
+@pytest.mark.parametrize("choice, attention, products", [("some", 0, 4), ("most", 0, 4 + 4), ("all", 1, 4 + 4 + 4)])
+def test_what_is_recomputed(choice, attention, products, base):
+    """In each of two blocks of width D = 64, with 3 x 48 tokens: products as large as D x D ones, and the modulation."""
+    attentions = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *args, **kwargs: 10**12}
+    work = {}
+    for one in (choice, "none"):
+        model = tiny.control_model(base)
+        cv4ctrl.recompute(model, one)
+        shared = cv4ctrl.prepare(model, 64, torch.device("cpu"), torch.float32)
+        with FlopCounterMode(display=False, custom_mapping=attentions) as counter:
+            cv4ctrl.batch_loss(model, shared, micro_batch(masked=True)).backward()
+        work[one] = counter.get_total_flops()
+    modulation = 2 * 3 * 32 * (12 * 64)
+    assert work[choice] - work["none"] == 2 * (attention * 10**12 + products * 2 * 3 * 48 * 64**2 + modulation)

@@ -1,7 +1,7 @@
 """A CogView4 base and a data set, small enough for two CPU cores and made without a network.
 
 `python tests/tiny.py FOLDER [ROWS]` leaves FOLDER/data, parquet in the format of raulc0399/open_pose_controlnet:
-captioned coloured shapes, the control is their outline. tests/base is a base that make_base.py has trained."""
+captioned coloured shapes, the control is their outline. tests/base is such a base that was trained (NOTES.md, 1)."""
 
 import io
 import json
