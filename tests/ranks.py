@@ -166,6 +166,7 @@ def gradients(argv, file):
     import cv4ctrl
 
     def train(engine, stream, shared, *_):
+        assert engine.module.is_gradient_checkpointing  # which auto means where the memory is unknown
         for turn in range(stream.config.gradient_accumulation_steps):
             batch = stream.micro_batch(shared["original_size"].device, turn)
             if turn > 0:

@@ -108,7 +108,7 @@ def test_gradients_of_the_engine_are_bitwise_the_same_whatever_is_recomputed(pre
 
 @pytest.mark.parametrize("choice, attention, products", [("some", 0, 4), ("most", 0, 4 + 4), ("all", 1, 4 + 4 + 4)])
 def test_what_is_recomputed(choice, attention, products, base):
-    """In each of two blocks of width D = 64, with 3 x 48 tokens: products as large as D x D ones, and the modulation."""
+    """In each of two blocks of width D = 64, with 3 x 48 tokens: products, counted in D x D, and the modulation."""
     attentions = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *args, **kwargs: 10**12}
     work = {}
     for one in (choice, "none"):
