@@ -75,7 +75,7 @@ class Nursery(contextlib.AbstractContextManager):
         return list(codes.values()), "".join(log.read_text() for log in logs)
 
     def wait(self, codes, quiet):
-        """Fills in {pid: exit code}. Where a rank fails the others are asked to end, as by a launcher.
+        """Fills in {pid: exit code}. Where a rank fails the others are asked to end, later killed, as by a launcher.
 
         However busy the machine, ranks hang that do not compute for a second in `quiet` seconds; or, where they have
         started processes such as a compiler, in ten times as many: AssertionError."""
@@ -89,6 +89,8 @@ class Nursery(contextlib.AbstractContextManager):
             assert idle < limit, f"ranks hang: not a second of work in {idle:.0f} s"
             for process in living if any(codes.values()) and not failed else ():
                 process.terminate()
+            for process in living if failed and idle > quiet / 2 else ():  # launchers do so, too
+                process.kill()
             failed = any(codes.values())
             time.sleep(0.02)
             codes |= {process.pid: self.ask(pid=process.pid) for process in living}
