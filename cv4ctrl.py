@@ -67,7 +67,7 @@ CONTROLS = "column canny hed leres lineart lineart_anime midas mlsd normalbae op
 # --recompute, fastest first: tensors of (batch, tokens, width) that a block keeps. all: its input; most: also
 # the outputs of attention and the down projection; some: also those of the D x D products; none: everything.
 RECOMPUTE = {"none": 22, "some": 7, "most": 3, "all": 1}
-USABLE_MEMORY = 0.9  # of a card; CUDA, NCCL and fragmentation take the rest
+USABLE = 0.9  # of a card's memory; CUDA, NCCL and fragmentation take the rest
 UTILISATION = 0.4  # of a card's peak; published full fine-tunings of this size reach 0.22 to 0.48
 
 
@@ -124,7 +124,7 @@ class Config:
     train_batch_size: int = flag(8, "samples per micro-batch and rank")
     gradient_accumulation_steps: int = flag(1, "micro-batches per step and rank")
     total_batch_size: int | None = flag(None, "samples per step over all ranks; sets the accumulation")
-    recompute: Literal["auto", "all", "most", "some", "none"] = flag("auto", "work repeated to save memory")
+    recompute: Literal["auto", "all", "most", "some", "none"] = flag("auto", "all saves memory, none is fast")
     max_train_steps: int | None = flag(None, "optimizer steps; overrides --num_train_epochs")
     num_train_epochs: int = flag(1, "passes over the data")
     learning_rate: float = flag(5e-5, "peak learning rate, after warm-up")
@@ -165,10 +165,10 @@ def parse(argv=None):
     """Command line -> Config; `-` and `_` are the same."""
     parser = transformers.HfArgumentParser(Config, prog="cv4ctrl.py", allow_abbrev=False)
     parser.error = functools.partial(require, False)
-    parser.add_argument("--local_rank", help="==SUPPRESS==")  # which the deepspeed launcher passes
+    parser.add_argument("--local_rank")  # which the deepspeed launcher passes
     for name, choice in (("gradient_checkpointing", "all"), ("no_gradient_checkpointing", "none")):
-        options = dict(dest="recompute", action="store_const", const=choice, default="==SUPPRESS==")
-        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", **options, help="see --recompute")
+        options = dict(dest="recompute", action="store_const", const=choice)
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", **options)
     config, _, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
     named = "".join(unknown[:1]).partition("=")[0]  # not its value: it may be a secret
     require(not unknown, f"not taken: {named}; see --help, and README.md for diffusers' flags")
@@ -974,7 +974,7 @@ def cards_of(config):
     """Cards of --plan_for, or those that are here."""
     if config.plan_for:
         number, _, name = config.plan_for.partition("x")
-        known = number.isdigit() and int(number) > 0 and name in CARDS
+        known = number.isdecimal() and int(number) > 0 and name in CARDS
         require(known, f"--plan_for {config.plan_for}: must be a number, x, and one of {', '.join(CARDS)}")
         return Cards(int(number), name, *CARDS[name])
     if not torch.cuda.is_available():
@@ -1020,7 +1020,7 @@ def fit_engine(config, settings, model, cards, tokens):
     for device, choice in itertools.product(devices, choices):  # offloading costs more than recomputing
         zero["offload_optimizer"]["device"] = device
         costs, flops = cost_of_step(config, zero, model, cards, tokens)
-        if sum(costs[choice].values()) <= USABLE_MEMORY * cards.memory:
+        if sum(costs[choice].values()) <= USABLE * cards.memory:
             break  # else the last ones stand, for claim() to refuse
     return dataclasses.replace(config, recompute=choice), costs, flops
 
@@ -1039,10 +1039,10 @@ engine  {config.deepspeed_config or "the shipped ds_config.json"}, ZeRO stage {z
 rows    {rows}, of which at most a tenth is held out
 encode  {2 * rows} pictures and {rows + 1} captions, less what is there
 steps   {steps} of {total} samples, {steps * total / rows:.1f} epochs; {start} are done
-memory  {sums[config.recompute]:.1f} of {cards.memory / 1e9:.0f} GB on each {cards.name}: {parts}
-        --recompute {config.recompute}; {", ".join(f"{choice} {size:.1f}" for choice, size in sums.items())}
+memory  {sums[config.recompute]:.1f} of {USABLE * cards.memory / 1e9:.0f} usable GB, {cards.name}: {parts}
+        --recompute {config.recompute}; GB with {", ".join(f"{c} {size:.1f}" for c, size in sums.items())}
 disk    {saved / 1e9:.1f} GB a checkpoint, {encoded / 1e9:.1f} GB of encoded pictures""")
-    if cards.flops:
+    if cards.flops and config.mixed_precision == "bf16":
         seconds = total * flops / (cards.number * cards.flops * UTILISATION)
         hours = seconds * (steps - start) / 3600
         print(f"time    {seconds:.1f} s a step, {hours:.1f} hours, at {UTILISATION:.0%} of the cards' peak")
@@ -1122,8 +1122,8 @@ def fine_tune(config, settings, cards, base, rows, found, manifest, identity):
 def claim(config, settings, model, cards, memory):
     """Checks what only a real run needs, and locks output_dir -> (hub repository, base with weights)."""
     require(cards.name != "CPU" or model.num_parameters() < 1e9, "PyTorch finds no GPU; see --plan_for")
-    share = sum(memory.values()) / (USABLE_MEMORY * cards.memory)
-    require(share <= 1, f"a step takes {share:.0%} of the memory of a card that can be used")
+    share = sum(memory.values()) / (USABLE * cards.memory)
+    require(share <= 1, f"a step takes {share:.0%} of a card's usable memory: see --train_batch_size")
     offloaded = settings["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
     require(not offloaded or shutil.which("g++"), "DeepSpeed needs g++ for an optimizer on the host")
     if config.control != "column":

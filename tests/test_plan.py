@@ -164,7 +164,7 @@ def test_a_bucket_holds_the_largest_weight(cogview, config):
 
 
 @pytest.mark.parametrize("memory, device, compiler, said", [
-    (72.1e9, "none", "g++", "a step takes 100% of the memory"), (72e9, "cpu", None, "DeepSpeed needs g++"),
+    (72.1e9, "none", "g++", "a step takes 100% of a card's usable memory"), (72e9, "cpu", None, "DeepSpeed needs g++"),
 ])  # fmt: skip
 def test_what_cannot_run_is_refused(memory, device, compiler, said, config, cogview, monkeypatch):
     monkeypatch.setattr(cv4ctrl.shutil, "which", lambda name: compiler)
@@ -189,10 +189,10 @@ def test_the_printed_plan(cogview, flags, capsys, tmp_path):
         assert plan["encode"].startswith("96 pictures and 49 captions")
         disk = 14 * 6.37, 48 * 2 * 32 * 128**2 * 2 / 1e9
         assert plan["disk"] == "{:.1f} GB a checkpoint, {:.1f} GB of encoded pictures".format(*disk)
-        total, parts = plan["memory"].split(" of 85 GB on each H100-80GB: ")
+        total, parts = plan["memory"].split(" of 76 usable GB, H100-80GB: ")
         sizes = {part: float(size) for part, size in (part.split() for part in parts.split(";")[0].split(", "))}
         assert float(total) == pytest.approx(sum(sizes.values()), abs=0.3)
-        chosen, of_each = plan["--recompute"].split("; ")
+        chosen, of_each = plan["--recompute"].split("; GB with ")
         of_each = dict(size.split() for size in of_each.split(", "))
         assert list(of_each) == ["none", "some", "most", "all"] and of_each[chosen] == total
         assert chosen == ("none" if more else "some")
