@@ -13,9 +13,8 @@ seconds = {}
 
 
 def timed_update(bar, n=1):
-    seconds[getattr(bar, "desc", None)] = bar.format_dict[
-        "elapsed"
-    ]  # the example makes its bar right before the first step
+    if not bar.disable:  # the example makes its bar, "Steps", right before the first step
+        seconds[bar.desc] = bar.format_dict["elapsed"]
     return update(bar, n)
 
 
