@@ -1,19 +1,26 @@
-"""cv4ctrl: fine-tune CogView4-6B into a control model (pose, edges, depth) by flow matching, in one file.
+"""cv4ctrl: turn CogView4-6B into a control model (pose, edges, depth), in one file.
 
-The VAE latent of a control image is concatenated to the noisy latent, 16 + 16 = 32 channels. The new input
-weights start at zero, so that training begins exactly at the base. The whole transformer learns the velocity:
+CogView4-6B draws pictures from text: its transformer takes the noise out of a latent, the 16
+channels that its VAE makes of a picture. Here it gets 16 more input channels, for the latent of a
+control picture. Their weights start at zero, so training begins exactly at the base. Then the whole
+transformer is fine-tuned by flow matching: between a latent x0 and noise eps runs a straight line,
+and the model learns its direction, the velocity v.
 
-    x = (1 - sigma) x0 + sigma eps,    v = eps - x0,    loss = E |model(x, control, text, t) - v|^2
-    sigma = mu / (mu + 1000 / t - 1),  mu = 0.75 sqrt(N / 256) + 0.25,  t = 1 ... 1000,  N image tokens
+    x = (1 - sigma) x0 + sigma eps              a point of the line, at noise level sigma
+    v = dx / dsigma = eps - x0                  its direction
+    loss = mean |model(x, control, caption, t) - v|^2
 
-As in CogView4ControlPipeline, the model receives the unshifted t, while the shifted sigma scales the noise.
+    sigma = mu s / (mu s + 1 - s),  s = t / 1000,  mu = 0.75 sqrt(N / 256) + 0.25
 
-    python cv4ctrl.py --dry_run [flags]          check everything, print the plan; --help lists all flags
+for timesteps t = 1 ... 1000 and N image tokens: a large picture shows through more noise, so mu
+shifts sigma towards 1. The model is told t, as by CogView4ControlPipeline, which runs the result.
+
+    python cv4ctrl.py --dry_run [flags]          check everything, print the plan; see also --help
     deepspeed --num_gpus=8 cv4ctrl.py [flags]    train; the same command again continues
+
+Begin with the sections "the model" and "flow matching", or with run() at the end.
 """
 
-import contextlib
-import dataclasses
 import datetime
 import faulthandler
 import fcntl
@@ -31,8 +38,11 @@ import shutil
 import signal
 import sys
 import time
-from collections import namedtuple
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -50,290 +60,1295 @@ from diffusers.models.embeddings import apply_rotary_emb
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils import checkpoint
 from tqdm import tqdm
 
-TIMESTEPS = 1000  # noise levels; scheduler/scheduler_config.json of CogView4-6B
-LATENT_CHANNELS = 16  # vae/config.json of CogView4-6B
-PIXELS_PER_LATENT = 8  # the VAE reduces each side 8 times
-PIXELS_PER_TOKEN = 16  # the transformer takes patches of 2 x 2 latents
-RANK = int(os.environ.get("RANK", 0))  # set by every launcher
+# === CogView4-6B ===
+# What the formulas take for granted. The base's config files are compared with COGVIEW4: one with
+# another latent scale, say, would be trained without an error, and wrongly.
+
+TIMESTEPS = 1000
+BASE_SHIFT, MAX_SHIFT, BASE_TOKENS = 0.25, 0.75, 256  # of mu
+LATENT_CHANNELS = 16
+PIXELS_PER_LATENT = 8
+PIXELS_PER_TOKEN = 16  # a token is a patch of 2 x 2 latents
+
+COGVIEW4 = {  # file -> values, or several that may be; 32 channels: widened already
+    "scheduler/scheduler_config.json": {
+        "num_train_timesteps": TIMESTEPS,
+        "use_dynamic_shifting": True,
+        "time_shift_type": "linear",
+        "shift": 1.0,
+        "base_shift": BASE_SHIFT,
+        "max_shift": MAX_SHIFT,
+        "base_image_seq_len": BASE_TOKENS,
+    },
+    "vae/config.json": {"latent_channels": 16, "scaling_factor": 1.0, "shift_factor": 0.0},
+    "transformer/config.json": {"in_channels": (16, 32), "out_channels": 16, "patch_size": 2},
+}
+
+RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
-Cards = namedtuple("Cards", "number name memory flops")
-CARDS = {  # bytes of memory as PyTorch reports them; dense bf16 FLOP/s, NVIDIA's data sheets
-    "A100-40GB": (42.4e9, 312e12), "A100-80GB": (85e9, 312e12), "H100-80GB": (85e9, 989e12),
-    "H200-141GB": (150e9, 989e12), "B200-180GB": (191e9, 2250e12)}  # fmt: skip
-CONTROLS = "column canny hed leres lineart lineart_anime midas mlsd normalbae openpose pidinet zoe".split()
-# --recompute, fastest first: tensors of (batch, tokens, width) that a block keeps. all: its input; most: also
-# the outputs of attention and the down projection; some: also those of the D x D products; none: everything.
-RECOMPUTE = {"none": 22, "some": 7, "most": 3, "all": 1}
-USABLE = 0.9  # of a card's memory; CUDA, NCCL and fragmentation take the rest
-UTILISATION = 0.4  # of a card's peak; published full fine-tunings of this size reach 0.22 to 0.48
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # else captions of many lengths fragment the memory
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
-# === configuration ===
-class Failure(Exception):
-    """Ends the run, from anywhere, with one line. code: 1 a failure, 2 a wrong request, 75 stopped."""
+# === flags ===
+# A flag states its limits: least (1 for whole numbers, else 0), most, multiple_of; kept: a
+# continued run must keep it, since it decides the samples, or what the state means.
 
-    def __init__(self, message, code=1):
-        super().__init__(message)
-        self.code = code
-
-
-def require(condition, message, code=2):
-    """Raises Failure unless the condition holds."""
-    if not condition:
-        raise Failure(message, code)
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
+DETECTORS = "canny hed leres lineart lineart_anime midas mlsd normalbae openpose pidinet zoe"
+CONTROLS = ("column", *DETECTORS.split())
 
 
-@contextlib.contextmanager
-def explained(what, code=2):
-    """Turns any exception inside into a Failure of one line."""
-    try:
-        yield
-    except Exception as error:
-        said = getattr(error, "server_message", None) or str(error.__cause__ or error) or type(error).__name__
-        raise Failure(f"{what}: {' '.join(said.split())[:300]}", code)
+def flag(default, help, **limits):
+    return field(default=default, metadata={"help": help} | limits)
 
 
-def flag(default, help):
-    """A field of Config, for HfArgumentParser."""
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Config:
-    """All flags; defaults: original recipe."""
+    """All flags, named as in the diffusers example where it has them."""
 
-    pretrained_model_name_or_path: str = flag("THUDM/CogView4-6B", "hub name or folder")
+    # Model
+    pretrained_model_name_or_path: str = flag("THUDM/CogView4-6B", "base: hub name or folder")
+    transformer: str | None = flag(None, "folder of one to start from, widened or not")
+    mixed_precision: Literal["bf16", "no"] = flag("bf16", "no is fp32; no fp16, no fp8", kept=True)
+    recompute: Literal["auto", "all", "most", "some", "none"] = flag("auto", "of each block")
+    gradient_checkpointing: bool = flag(False, "the same as --recompute all")
+    offload: bool = flag(False, "no effect: encoders are freed before training")
+
+    # Data
     dataset_name: str = flag("raulc0399/open_pose_controlnet", "hub name, folder or parquet file")
     dataset_config_name: str | None = flag(None, "configuration of the data set")
-    jsonl_for_train: str | None = flag(None, "JSON lines instead; image paths are relative to the file")
-    max_train_samples: int | None = flag(None, "use only the first N rows")
-    image_column: str = flag("image", "column of the target image")
-    conditioning_image_column: str = flag("conditioning_image", "column of the control image")
+    jsonl_for_train: str | None = flag(None, "JSON lines instead; paths are relative to the file")
+    image_column: str = flag("image", "column of the target")
+    conditioning_image_column: str = flag("conditioning_image", "column of the control")
     caption_column: str = flag("text", "column of the caption")
-    skip_bad_rows: bool = flag(False, "leave out rows that cannot be read")
-    control: str = flag("column", "column, or a detector of controlnet_aux")
-    resolution: int = flag(1024, "pictures are resized to N x N pixels")
-    max_sequence_length: int = flag(1024, "captions are cut to N tokens")
-    encoded_dir: str | None = flag(None, "cache, to share between runs; default: OUTPUT_DIR/encoded")
-    output_dir: str = flag("pose-control", "folder of the run")
-    seed: int = flag(0, "of data order, timesteps, noise and caption dropout")
-    mixed_precision: Literal["bf16", "no"] = flag("bf16", "no is fp32; fp16 and fp8 are not supported")
+    control: Literal[CONTROLS] = flag("column", "or the detector that makes it", kept=True)
+    skip_bad_rows: bool = flag(False, "leave out rows that cannot be used")
+    resolution: int = flag(1024, "pixels of a side", multiple_of=PIXELS_PER_TOKEN, kept=True)
+    max_sequence_length: int = flag(1024, "captions are cut to N tokens", kept=True)
+    proportion_empty_prompts: float = flag(0.0, "samples without caption", most=1, kept=True)
+    encoded_dir: str | None = flag(None, "cache that runs can share [OUTPUT_DIR/encoded]")
+    dataloader_num_workers: int = flag(8, "threads per rank that read data")
+
+    # Batch
     train_batch_size: int = flag(8, "samples per micro-batch and rank")
     gradient_accumulation_steps: int = flag(1, "micro-batches per step and rank")
-    total_batch_size: int | None = flag(None, "samples per step over all ranks; sets the accumulation")
-    recompute: Literal["auto", "all", "most", "some", "none"] = flag("auto", "all saves memory, none is fast")
-    max_train_steps: int | None = flag(None, "optimizer steps; overrides --num_train_epochs")
-    num_train_epochs: int = flag(1, "passes over the data")
-    learning_rate: float = flag(5e-5, "peak learning rate, after warm-up")
-    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = flag("cosine", "schedule")
-    lr_warmup_steps: int = flag(1000, "optimizer steps of linear warm-up")
-    adam_beta1: float = flag(0.9, "decay of the first moment")
-    adam_beta2: float = flag(0.999, "decay of the second moment")
+    total_batch_size: int | None = flag(None, "samples per step; sets the accumulation", kept=True)
+
+    # Optimizer
+    max_train_steps: int = flag(50_000, "optimizer steps")
+    learning_rate: float = flag(5e-5, "peak learning rate, after the warm-up")
+    lr_scheduler: Literal[SCHEDULES] = flag("cosine", "of the learning rate")
+    lr_warmup_steps: int = flag(1000, "steps of linear warm-up", least=0)
+    adam_beta1: float = flag(0.9, "decay of the first moment", most=0.99999)
+    adam_beta2: float = flag(0.999, "decay of the second moment", most=0.99999)
     adam_weight_decay: float = flag(1e-4, "decoupled weight decay")
     adam_epsilon: float = flag(1e-8, "added to the root of the second moment")
-    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0: never")
-    proportion_empty_prompts: float = flag(0.0, "share of samples trained without caption, 0 to 1")
-    dataloader_num_workers: int = flag(8, "threads per rank that read data")
-    checkpointing_steps: int = flag(1000, "steps between checkpoints")
-    checkpoints_total_limit: int = flag(2, "newest checkpoints that are kept; 0: all")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this 2-norm; 0: never")
+
+    # Evaluation
+    validation_steps: int = flag(100, "steps between evaluations: probe losses and pictures")
+    validation_image: list[str] | None = flag(None, "control pictures of your own to draw with")
+    validation_prompt: list[str] | None = flag(None, "their captions; one of either serves all")
+    num_validation_images: int = flag(1, "pictures drawn for each case; 0: none", least=0)
+    num_inference_steps: int = flag(50, "Euler steps of a picture")
+    guidance_scale: float = flag(3.5, "guidance of a picture; 1 or less: off")
+    probe_samples: int = flag(32, "rows that are held out, at most a tenth of all", least=0)
+
+    # Run
+    output_dir: str = flag("pose-control", "folder of the run")
+    seed: int = flag(0, "of order, timesteps, noise, dropped captions", least=0, kept=True)
+    checkpointing_steps: int = flag(500, "steps between checkpoints")
+    checkpoints_total_limit: int = flag(2, "newest checkpoints to keep; 0: all", least=0)
     resume_from_checkpoint: Literal["latest"] = flag("latest", "no effect: a run always continues")
-    upcast_before_saving: bool = flag(False, "export fp32 weights")
-    validation_steps: int = flag(100, "steps between evaluations (probe and pictures)")
-    num_validation_images: int = flag(1, "pictures for each of up to four held-out rows; 0: none")
-    num_inference_steps: int = flag(50, "Euler steps of a validation picture")
-    guidance_scale: float = flag(3.5, "for validation pictures; 1 or less: off")
-    probe_samples: int = flag(32, "rows that are held out, at most a tenth of all")
-    push_to_hub: bool = flag(False, "upload the weights at the end")
-    hub_model_id: str | None = flag(None, "repository; default: the name of OUTPUT_DIR")
     report_to: Literal["none", "tensorboard", "wandb", "all"] = flag("none", "trackers")
-    deepspeed_config: str | None = flag(None, "engine settings; default: the shipped ds_config.json")
+    deepspeed_config: str | None = flag(None, "engine settings [the shipped ds_config.json]")
     timeout_minutes: int = flag(120, "limit of a step with its evaluation and checkpoint")
-    dry_run: bool = flag(False, "check all, print the plan, load nothing")
-    plan_for: str | None = flag(None, "print the plan for cards such as 8xA100-80GB")
+    dry_run: bool = flag(False, "check everything, print the plan, load nothing")
 
 
-MAY_BE_ZERO = "seed lr_warmup_steps checkpoints_total_limit probe_samples num_validation_images".split()
-# What decides the samples of a run and the layout of its state: a continued run must keep it.
-IDENTITY = """pretrained_model_name_or_path seed total_batch_size resolution max_sequence_length control
-mixed_precision proportion_empty_prompts""".split()
+class FlagParser(transformers.HfArgumentParser):
+    """Keeps our limits away from argparse, which does not know them."""
+
+    def add_argument(self, *names, least=None, most=None, multiple_of=None, kept=None, **options):
+        return super().add_argument(*names, **options)
+
+    def error(self, message):
+        raise Failure(message)
 
 
 def parse(argv=None):
-    """Command line -> Config; `-` and `_` are the same."""
-    parser = transformers.HfArgumentParser(Config, prog="cv4ctrl.py", allow_abbrev=False)
-    parser.error = functools.partial(require, False)
-    parser.add_argument("--local_rank")  # which the deepspeed launcher passes
-    for name, choice in (("gradient_checkpointing", "all"), ("no_gradient_checkpointing", "none")):
-        options = dict(dest="recompute", action="store_const", const=choice)
-        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", **options)
+    """Command line -> Config."""
+    parser = FlagParser(Config, prog="cv4ctrl.py", allow_abbrev=False)
+    parser.add_argument("--local_rank", help="set by the deepspeed launcher")
     config, _, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
-    named = "".join(unknown[:1]).partition("=")[0]  # not its value: it may be a secret
-    require(not unknown, f"not taken: {named}; see --help, and README.md for diffusers' flags")
+    name = "".join(unknown[:1]).partition("=")[0]  # its value may be a secret
+    require(not unknown, f"unknown flag {name}: see --help, and README.md for diffusers' flags")
     return config
 
 
 def check(config):
     """Checks the flags by themselves."""
-    for name, value in dataclasses.asdict(config).items():
-        require(value != "", f"--{name}: must not be empty")
+    for one in fields(config):
+        name, value, limits = one.name, getattr(config, one.name), one.metadata
+        require(value not in ("", []), f"--{name}: must not be empty")
         if type(value) in (int, float):
-            least = 1 if type(value) is int and name not in MAY_BE_ZERO else 0
-            require(least <= value < 2**63, f"--{name} {value}: must be a finite number of at least {least}")
-    launched = "RANK" in os.environ or os.environ.get("SLURM_NTASKS", "1") in ("", "1")
-    require(launched, "Slurm started several tasks: start one a machine, `srun torchrun ... cv4ctrl.py`")
-    require(config.resolution % PIXELS_PER_TOKEN == 0, "--resolution: must be a multiple of 16")
-    require(max(config.adam_beta1, config.adam_beta2) < 1, "--adam_beta1, --adam_beta2: must be below 1")
-    require(config.proportion_empty_prompts <= 1, "--proportion_empty_prompts: must be at most 1")
-    require(config.control in CONTROLS, f"--control {config.control}: must be one of {', '.join(CONTROLS)}")
+            least = limits.get("least", 1 if type(value) is int else 0)
+            most = limits.get("most", 2**63 - 1)
+            step = limits.get("multiple_of", value or 1)
+            require(least <= value <= most, f"--{name} {value}: must be from {least} to {most}")
+            require(value % step == 0, f"--{name} {value}: must be a multiple of {step}")
     two = config.jsonl_for_train and config.dataset_name != Config.dataset_name
     require(not two, "--dataset_name and --jsonl_for_train: give one of them")
+    validation_cases(config)
+
+
+def validation_cases(config):
+    """[(control picture, caption)] of the flags: n to n, 1 to n, n to 1."""
+    images, prompts = config.validation_image or [], config.validation_prompt or []
+    for image in images:
+        require(Path(image).is_file(), f"--validation_image {image}: there is no such file")
+    count = max(len(images), len(prompts))
+    fit = {len(images), len(prompts)} <= {1, count} or not images + prompts
+    require(fit, "--validation_image, --validation_prompt: give as many of both, or one of either")
+    return list(zip(images * count, prompts * count))[:count]
 
 
 def resolve(config, world):
-    """Config with batch sizes, cache folder and control column filled in."""
+    """Fills in what follows from other flags, for `world` ranks."""
     asked = config.gradient_accumulation_steps
     micro = config.train_batch_size * world
     total = config.total_batch_size or micro * asked
     fits = total % micro == 0 and asked in (1, total // micro)
-    require(fits, f"--total_batch_size {total}: must be batch size x ranks ({micro}) x accumulation {asked}")
+    product = f"batch size x ranks ({micro}) x accumulation ({asked})"
+    require(fits, f"--total_batch_size {total}: must be {product}")
     filled = {"total_batch_size": total, "gradient_accumulation_steps": total // micro}
     filled["encoded_dir"] = config.encoded_dir or f"{config.output_dir}/encoded"
-    if config.control != "column":  # the control is made from the image
+    if config.gradient_checkpointing:
+        filled["recompute"] = "all"
+    if config.control != "column":
         filled["conditioning_image_column"] = config.image_column
-    return dataclasses.replace(config, **filled)
+    return replace(config, **filled)
 
 
-# === flow matching ===
-# Pure functions of tensors, in fp32: in bf16 only 347 of the 1000 sigmas at 1024 px are distinct.
-def shifted_sigma(timestep, image_tokens):
-    """Unshifted timestep 0 ... 1000 -> sigma 0 ... 1 that scales the noise, as the scheduler shifts it."""
-    mu = 0.75 * math.sqrt(image_tokens / 256) + 0.25  # max_shift, base_image_seq_len, base_shift
-    sigma = timestep.float() / TIMESTEPS
-    return mu * sigma / (mu * sigma + 1 - sigma)  # mu / (mu + 1 / sigma - 1), defined at 0 too
+# === the model ===
+# The base's transformer, widened for the control, with an attention that needs no masks. Look at
+# add_control_channels: it is the whole idea.
 
 
-# === control surgery ===
-def load_transformer(folder, dtype=None, device="meta"):
-    """Widened CogView4Transformer2DModel of a folder, read straight to `device`, or without weights."""
-    shape = json.loads(Path(folder, "config.json").read_text())
+def add_control_channels(state):
+    """Widens the input layer in a transformer's state dict: from a latent to latent and control.
+
+    patch_embed.proj is linear over a flattened patch of p x p latents, channels first: (D, 16 p p).
+    The control's channels follow, so their weights are columns at the end: (D, 32 p p). While these
+    are zero the control changes nothing: the model is exactly the base. They learn from the first
+    step on, since their gradient depends on the control and not on themselves.
+    """
+    weight = state["patch_embed.proj.weight"]
+    return state | {"patch_embed.proj.weight": torch.cat([weight, torch.zeros_like(weight)], dim=1)}
+
+
+def empty_transformer(folder):
+    """The widened model of a folder's config, without weights (meta device)."""
+    shape = diffusers.CogView4Transformer2DModel.load_config(folder)
     with torch.device("meta"):
-        model = diffusers.CogView4Transformer2DModel.from_config(shape | {"in_channels": 2 * LATENT_CHANNELS})
-    if device == "meta":
-        return model
-    files = {Path(folder, "diffusion_pytorch_model.safetensors")}
-    for index in Path(folder).glob("diffusion_pytorch_model.safetensors.index.json"):
-        files = {index.parent / name for name in json.loads(index.read_text())["weight_map"].values()}
+        widened = shape | {"in_channels": 2 * LATENT_CHANNELS}
+        return diffusers.CogView4Transformer2DModel.from_config(widened)
+
+
+def load_transformer(folder, dtype, device):
+    """The same with weights, cast one by one. Raises RuntimeError where one is missing."""
+    files = {folder / "diffusion_pytorch_model.safetensors"}
+    for index in folder.glob("diffusion_pytorch_model.safetensors.index.json"):
+        files = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
     state = {}
     for file in files:
-        state |= {name: tensor.to(dtype) for name, tensor in load_file(file, str(device)).items()}
-    if shape["in_channels"] == LATENT_CHANNELS:  # (D, channels x p x p): the control's columns are appended
-        weight = state["patch_embed.proj.weight"]
-        state["patch_embed.proj.weight"] = torch.cat([weight, torch.zeros_like(weight)], dim=1)
+        with safe_open(file, "pt", device=str(device)) as tensors:
+            state.update({name: tensors.get_tensor(name).to(dtype) for name in tensors.keys()})
+    model = empty_transformer(folder)
+    if state["patch_embed.proj.weight"].shape != model.patch_embed.proj.weight.shape:
+        state = add_control_channels(state)
     model.load_state_dict(state, assign=True)
     return model
 
 
-def recompute(model, choice):
-    """Makes the blocks keep only what RECOMPUTE says; the arithmetic stays the same."""
+class PrefixAttention:
+    """Attention for captions of several lengths: exact, and without a mask.
+
+    Tokens come in the order image, caption, padding: a sample's own tokens are a prefix. Each run
+    of samples of equal length attends on its slice. Every kernel takes that, flash attention too,
+    which takes no mask. The order is free, since caption tokens carry no position.
+    """
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states, image_rotary_emb, runs, **_):
+        """Image (B, N, D), captions (B, T, D), runs [(first, end, length)] -> both."""
+        image_tokens = hidden_states.shape[1]
+        x = torch.cat([hidden_states, encoder_hidden_states], dim=1)  # (B, S, D), S = N + T
+
+        def rotated(linear, norm):  # (B, heads, S, D / heads)
+            heads = norm(linear(x).unflatten(2, (attn.heads, -1))).to(x.dtype)
+            image, text = heads[:, :image_tokens], heads[:, image_tokens:]
+            image = apply_rotary_emb(image, image_rotary_emb, True, -2, sequence_dim=1)
+            return torch.cat([image, text], dim=1).transpose(1, 2)
+
+        query = rotated(attn.to_q, attn.norm_q)
+        key = rotated(attn.to_k, attn.norm_k)
+        value = attn.to_v(x).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+        outputs = []
+        for first, end, length in runs:
+            own = image_tokens + length
+            slices = (tensor[first:end, :, :own] for tensor in (query, key, value))
+            output = F.scaled_dot_product_attention(*slices).transpose(1, 2).flatten(2)
+            padding = x.shape[1] - own
+            outputs.append(F.pad(output, (0, 0, 0, padding)) if padding else output)
+        x = attn.to_out[0](torch.cat(outputs) if len(outputs) > 1 else outputs[0])
+        return x[:, :image_tokens], x[:, image_tokens:]
+
+
+# --recompute -> tensors of (batch, tokens, D) that a block keeps for its backward pass. all: its
+# input; most: also the outputs of attention and down projection; some: also those of the four D x D
+# products; none: everything.
+KEPT_PER_BLOCK = {"none": 22, "some": 7, "most": 3, "all": 1}
+
+
+def recompute(transformer, choice):
+    """Makes the blocks keep what KEPT_PER_BLOCK says."""
+
+    policies = checkpoint.CheckpointPolicy
 
     def policy(context, operator, *args, **kwargs):
-        keep = operator.name().startswith("aten::_scaled_dot_product_")  # CPU, flash, efficient or cuDNN
+        keep = operator.name().startswith("aten::_scaled_dot_product_")  # of any backend
         if operator is torch.ops.aten.addmm.default:  # bias + x @ weight.T
             inputs, outputs = args[2].shape
             keep = inputs > outputs or (choice == "some" and inputs == outputs)
-        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+        return policies.MUST_SAVE if keep else policies.PREFER_RECOMPUTE
 
-    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
-    options = {} if choice == "all" else {"context_fn": contexts}
+    options = {"use_reentrant": False}
+    if choice in ("most", "some"):
+        contexts = checkpoint.create_selective_checkpoint_contexts
+        options["context_fn"] = partial(contexts, policy)
     if choice != "none":
-        model.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=False, **options))
+        function = partial(checkpoint.checkpoint, **options)
+        transformer.enable_gradient_checkpointing(function)
 
 
-# === forward pass ===
-class KeyMaskAttention:
-    """CogView4AttnProcessor with a mask that masks: boolean (B, 1, 1, S), False for padding. The installed
-    one adds it to the logits, which hides nothing. The transpose comes last: SDPA's output needs no copy."""
+class VelocityModel:
+    """velocity = model(noisy, control, prompts, timestep), at one resolution.
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb):
-        text = encoder_hidden_states.shape[1]
-        x = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # (B, S, D), S = text + image tokens
+    network: the transformer or its engine. Rotary tables are made once; diffusers makes them
+    in each forward pass, on the CPU.
+    """
 
-        def rotated(linear, norm):  # (B, heads, S, D / heads); text tokens carry no position
-            tensor = norm(linear(x).unflatten(2, (attn.heads, -1))).to(x.dtype)
-            image = apply_rotary_emb(tensor[:, text:], image_rotary_emb, True, -2, sequence_dim=1)
-            return torch.cat([tensor[:, :text], image], dim=1).transpose(1, 2)
+    def __init__(self, network, resolution):
+        self.network = network
+        transformer = getattr(network, "module", network)
+        for block in transformer.transformer_blocks:
+            block.attn1.set_processor(PrefixAttention())
+        self.device, self.dtype = transformer.device, transformer.dtype
+        side = resolution // PIXELS_PER_LATENT
+        tables = transformer.rope(torch.empty(1, 1, side, side))  # cosines, sines (N, D / heads)
+        self.image_tokens = len(tables[0])
+        size = torch.tensor([[resolution, resolution]], device=self.device, dtype=self.dtype)
+        self.constant = {"original_size": size, "target_size": size, "crop_coords": 0 * size}
+        self.constant["image_rotary_emb"] = tuple(table.to(self.device) for table in tables)
 
-        value = attn.to_v(x).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-        heads = (rotated(attn.to_q, attn.norm_q), rotated(attn.to_k, attn.norm_k), value)
-        x = F.scaled_dot_product_attention(*heads, attn_mask=attention_mask)
-        x = attn.to_out[0](x.transpose(1, 2).flatten(2, 3))
-        return x[:, text:], x[:, :text]
-
-
-def prepare(model, resolution, device, dtype):
-    """Gives the model its attention -> arguments of all its calls at one resolution, batch dimension 1."""
-    for block in model.transformer_blocks:
-        block.attn1.set_processor(KeyMaskAttention())
-    side = resolution // PIXELS_PER_LATENT
-    rotary_emb = tuple(table.to(device) for table in model.rope(torch.empty(1, 1, side, side)))
-    size = torch.tensor([[resolution, resolution]], device=device, dtype=dtype)
-    return dict(original_size=size, target_size=size, crop_coords=0 * size, image_rotary_emb=rotary_emb)
-
-
-def predict(model, shared, noisy, control, prompt_embeds, mask, timestep):
-    """Velocity (B, 16, h, w), like noisy, control; prompt_embeds (B, T, 4096), mask (B, T), timestep (B,)."""
-    dtype = shared["original_size"].dtype
-    if mask is not None:  # -> (B, 1, 1, T + N)
-        mask = F.pad(mask, (0, len(shared["image_rotary_emb"][0])), value=True)[:, None, None]
-    inputs = {"hidden_states": torch.cat([noisy, control], dim=1).to(dtype), "timestep": timestep}
-    inputs["encoder_hidden_states"] = prompt_embeds.to(dtype)
-    return model(**inputs, **shared, attention_mask=mask, return_dict=False)[0]
+    def __call__(self, noisy, control, prompts, timestep):
+        """noisy, control (B, 16, h, w), prompts B x (T, 4096), timestep (B,) -> (B, 16, h, w)."""
+        runs = []  # of equal length: few, as a micro-batch comes sorted
+        for length, run in itertools.groupby(map(len, prompts)):
+            first = runs[-1][1] if runs else 0
+            runs.append((first, first + len(list(run)), length))
+        return self.network(
+            hidden_states=torch.cat([noisy, control], dim=1).to(self.dtype),
+            encoder_hidden_states=pad_sequence(prompts, batch_first=True).to(self.dtype),
+            timestep=timestep,
+            attention_kwargs={"runs": runs},
+            return_dict=False,
+            **self.constant,
+        )[0]
 
 
-def batch_loss(model, shared, batch):
-    """Flow-matching loss of a micro-batch (see collate): squared error of the velocity, an fp32 scalar."""
-    sigma = batch["sigma"].view(-1, 1, 1, 1)
-    noisy = (1 - sigma) * batch["latents"] + sigma * batch["noise"]
-    velocity = batch["noise"] - batch["latents"]  # d noisy / d sigma
-    inputs = [batch[name] for name in ("control", "prompt_embeds", "mask", "timestep")]
-    return F.mse_loss(predict(model, shared, noisy, *inputs).float(), velocity)
+# === flow matching ===
+# The formulas of the first page, for training and for drawing. They are computed in fp32: in bf16
+# only 347 of the 1000 values of sigma at 1024 px are distinct.
 
 
-# === ranks and files ===
+def shifted_sigma(timestep, image_tokens):
+    """Timesteps 0 ... 1000 -> sigma 0 ... 1, as FlowMatchEulerDiscreteScheduler shifts it."""
+    mu = MAX_SHIFT * math.sqrt(image_tokens / BASE_TOKENS) + BASE_SHIFT
+    s = timestep.float() / TIMESTEPS
+    return mu * s / (mu * s + 1 - s)
+
+
+def straight_line(latents, noise, sigma):
+    """Line from latents to noise (B, 16, h, w) -> (its points at sigma (B,), its direction)."""
+    sigma = sigma.view(-1, 1, 1, 1)
+    return (1 - sigma) * latents + sigma * noise, noise - latents
+
+
+def flow_matching_loss(model, batch):
+    """Mean squared error of the velocity over a micro-batch (see collate), fp32."""
+    sigma = shifted_sigma(batch["timestep"], model.image_tokens)
+    noisy, velocity = straight_line(batch["latents"], batch["noise"], sigma)
+    predicted = model(noisy, batch["control"], batch["prompts"], batch["timestep"])
+    return F.mse_loss(predicted.float(), velocity)
+
+
+def guided_velocity(model, x, control, prompt, empty, timestep, guidance):
+    """Classifier-free guidance, away from the velocity of the empty prompt; 1: without."""
+    velocity = model(x, control, [prompt], timestep)
+    if guidance <= 1:
+        return velocity
+    unguided = model(x, control, [empty], timestep)
+    return unguided + guidance * (velocity - unguided)
+
+
+@torch.no_grad()
+def euler_sample(model, noise, control, prompt, empty, steps, guidance):
+    """Noise (1, 16, h, w) -> latents, in the pipeline's steps; prompt, empty (T, 4096)."""
+    timesteps = torch.linspace(TIMESTEPS, 1, steps, dtype=torch.float64).long().float()
+    sigmas = shifted_sigma(torch.cat([timesteps, torch.zeros(1)]), model.image_tokens).tolist()
+    x = noise
+    for timestep, sigma, next_sigma in zip(timesteps.to(x.device), sigmas, sigmas[1:]):
+        v = guided_velocity(model, x, control, prompt, empty, timestep[None], guidance)
+        x = (x.float() + (next_sigma - sigma) * v.float()).to(v.dtype)  # as the scheduler rounds
+    return x
+
+
+# === data: rows and pictures ===
+# A row is a target picture, a control picture and a caption. It is trained on as inference would
+# see it, or named with what is wrong with it.
+
+
+def load_splits(name, config_name):
+    """-> {split: rows}."""
+    path = Path(name)
+    if (path / "dataset_dict.json").exists():  # of save_to_disk
+        return datasets.load_from_disk(name)
+    if (path / "state.json").exists():
+        return {"train": datasets.load_from_disk(name)}
+    magic = path.exists() and glob.has_magic(os.path.abspath(name))
+    require(not magic, "rename the path: * ? [ stand for other names")
+    if path.is_file():
+        return datasets.load_dataset("parquet", data_files=os.path.abspath(name))
+    if path.is_dir() and not config_name:
+        refuse_forgotten_files(path)
+    return datasets.load_dataset(name, config_name)
+
+
+def refuse_forgotten_files(folder):
+    """Fails where `datasets` would leave out files: beside train.parquet it drops more.parquet."""
+    card = folder / "README.md"
+    if card.exists() and "\nconfigs:" in card.read_text(errors="replace"):
+        return  # it says which files to take
+    splits = datasets.load_dataset_builder(str(folder)).config.data_files or {}
+    taken = {Path(file) for files in splits.values() for file in files}
+    kinds = {file.suffix for file in taken if file.stem != "metadata"}
+    root = folder.resolve()
+    names = glob.glob("**/*.*", root_dir=root, recursive=True)  # as `datasets`: no hidden ones
+    present = {root / name for name in names if "/__" not in f"/{name}"}
+    left = sorted(str(file) for file in present - taken if file.suffix in kinds)
+    some = f"{len(left)} files are in no split, such as {', '.join(left[:3])}"
+    require(not left, f"{some}: give the folder of a split, or rename what has a split's name")
+
+
+def open_dataset(config):
+    """-> rows: rows[i] is a dict, pictures undecoded."""
+    datasets.disable_progress_bars()
+    name = config.jsonl_for_train or config.dataset_name
+    needed = {config.image_column, config.conditioning_image_column, config.caption_column}
+    with explained(f"data set {name}", OSError, ValueError, datasets.exceptions.DatasetsError):
+        if config.jsonl_for_train:  # what is not UTF-8 becomes surrogates, which Reader refuses
+            with open(name, encoding="utf-8-sig", errors="surrogateescape") as lines:
+                rows = [json.loads(line) for line in lines if line.strip()]
+            require(all(type(row) is dict for row in rows), "each line must be a JSON object")
+            columns = set().union(*rows)
+        else:
+            splits = load_splits(name, config.dataset_config_name)
+            split = next(iter(splits)) if len(splits) == 1 else "train"
+            require(split in splits, f"has no split train, but {', '.join(map(str, splits))}")
+            if others := ", ".join(str(other) for other in splits if other != split):
+                say(f"data set {name}: taking split train, not {others}")
+            rows = splits[split]
+            columns = set(rows.column_names)
+            for column in needed & columns:
+                if isinstance(rows.features[column], datasets.Image):
+                    rows = rows.cast_column(column, datasets.Image(decode=False))
+        lacking = ", ".join(needed - columns)
+        require(len(rows) > 0, "is empty")
+        require(not lacking, f"has no column {lacking}, but {', '.join(sorted(columns))}")
+    return rows if config.jsonl_for_train else rows.select_columns(list(needed))  # reads no others
+
+
+@functools.cache
+def load_detector(name):
+    """Detector of controlnet_aux, loaded once."""
+    package = importlib.import_module("controlnet_aux")
+    classes = {kind.lower(): getattr(package, kind) for kind in dir(package)}
+    detector = classes[name.replace("_", "") + "detector"]
+    with explained(f"--control {name}: cannot load lllyasviel/Annotators"):
+        return detector() if name == "canny" else detector.from_pretrained("lllyasviel/Annotators")
+
+
+def decode_picture(content, use, side):
+    """A picture file -> (pixels (1, 3, side, side) in -1 ... 1, its size).
+
+    use: "target", "column" for a finished control, or the detector that makes it.
+    """
+    with explained("no readable picture", Exception):  # decoders raise what they like
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    size = image.size
+    deep = image.mode[0] in "IF"  # inference would convert it to RGB, which clips
+    require(not deep, f"mode {image.mode} has more than 8 bits a channel: scale it to 0 ... 255")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        seen = use != "column" or image.getextrema()[3][0] == 255
+        require(seen, "transparent pixels, which inference does not see: flatten the picture")
+        image = Image.alpha_composite(Image.new("RGBA", size, "white"), image)
+    image = image.convert("RGB")
+    if use not in ("target", "column"):
+        options = {"low_threshold": 50, "high_threshold": 200} if use == "canny" else {}
+        options |= {"detect_resolution": side, "image_resolution": side}
+        with explained(f"--control {use}", Exception):
+            image = load_detector(use)(image, **options)
+    processor = VaeImageProcessor(vae_scale_factor=PIXELS_PER_LATENT)
+    return processor.preprocess(image, side, side), size
+
+
+# === data: encode once ===
+# VAE and text encoder see each picture and caption once, before the transformer is loaded. A file
+# of the cache is named by its key, a digest of all that it depends on: so none is ever stale.
+
+
+@dataclass(frozen=True)
+class Row:
+    """A usable row, by keys of the cache. A validation case has no target."""
+
+    index: int
+    image_key: str | None
+    control_key: str
+    caption_key: str
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The encoded data set: the cache, and the rows by their use."""
+
+    folder: Path
+    sizes: dict[str, int]  # bytes of entries, which for captions grow with their length
+    empty_key: str  # of the caption ""
+    train: list[Row]
+    held_out: list[Row]
+    cases: list[Row]  # of --validation_image
+
+    def entry(self, key):
+        """Prompt embedding (T, 4096) or posterior moments (32, h, w), bf16."""
+        return load_file(self.folder / f"{key}.safetensors")["entry"]
+
+    def latents(self, key, eps=0.0):
+        """A draw from a picture's posterior, its mean for eps 0: (16, h, w), fp32."""
+        mean, log_variance = self.entry(key).float().chunk(2)
+        return mean + (0.5 * log_variance.clamp(-30, 20)).exp() * eps  # clamped as in diffusers
+
+
+def fingerprint(folder):
+    """Digest of an encoder: names, sizes and samples of its files, which have 19 GB."""
+    parts = []
+    for file in sorted(filter(Path.is_file, folder.iterdir())):
+        size = file.stat().st_size
+        parts += [file.name, size]
+        with open(file, "rb") as stream:
+            for position in range(0, size, max(2**20, size // 16)):
+                stream.seek(position)
+                parts.append(hashlib.sha256(stream.read(2**20)).hexdigest())
+    return digest(*parts)
+
+
+class Reader:
+    """Reads rows, then validation cases, and tells what of them the cache lacks."""
+
+    def __init__(self, config, base, rows, cached):
+        self.config, self.rows, self.cached = config, rows, cached
+        self.cases = validation_cases(config)
+        source = Path(config.jsonl_for_train or config.dataset_name)
+        self.folder = source if source.is_dir() else source.parent  # paths are relative to it
+        vae, *text = (fingerprint(base / part) for part in ("vae", "text_encoder", "tokenizer"))
+        version = 2  # of decode_picture, or the cache would serve old pixels
+        self.of_pictures = digest("pictures", version, vae, config.resolution)
+        self.of_captions = digest("captions", *text, config.max_sequence_length)
+        self.empty_key = digest(self.of_captions, "")
+
+    def caption(self, cell):
+        """-> (its key, {key: caption}, with the empty one, which is always needed)."""
+        require(isinstance(cell, str), f"a caption is a string, not {cell!r:.50}")
+        cell.encode()  # a ValueError for what was not UTF-8
+        key = digest(self.of_captions, cell)
+        return key, {key: cell, self.empty_key: ""}
+
+    def picture(self, cell, use):
+        """-> (its key, {key: pixels}, its size), or (its key, {}, None) if it is cached."""
+        if isinstance(cell, dict):
+            cell = cell.get("bytes") or cell.get("path")
+        require(cell and isinstance(cell, (bytes, str)), "no picture")
+        content = cell if isinstance(cell, bytes) else (self.folder / cell).read_bytes()
+        key = digest(self.of_pictures, use, hashlib.sha256(content).hexdigest())
+        if key in self.cached:
+            return key, {}, None
+        pixels, size = decode_picture(content, use, self.config.resolution)
+        return key, {key: pixels}, size
+
+    def row(self, index):
+        """-> (Row, remarks on it, {key: caption or pixels} to encode). Raises Failure."""
+        config = self.config
+        place = f"row {index}, "
+        with explained(place + config.caption_column):
+            row = self.rows[index]
+            caption_key, caption = self.caption(row.get(config.caption_column))
+        with explained(place + config.image_column):
+            image_key, image, size = self.picture(row.get(config.image_column), "target")
+        with explained(place + (column := config.conditioning_image_column)):
+            control_key, control, other = self.picture(row.get(column), config.control)
+        remarks = []
+        if size and min(size) < config.resolution:
+            remarks.append(f"the target is smaller than --resolution {config.resolution}")
+        if size and other and not 0.95 < size[0] * other[1] / (size[1] * other[0]) < 1 / 0.95:
+            remarks.append("target and control differ in shape, and both become squares")
+        return Row(index, image_key, control_key, caption_key), remarks, caption | image | control
+
+    def read(self, index):
+        """Row `index`, or beyond them a case; or (None, [what is wrong with it], {})."""
+        try:
+            if index < len(self.rows):
+                return self.row(index)
+            picture, text = self.cases[index - len(self.rows)]
+            with explained(f"--validation_image {picture}"):
+                key, control, _ = self.picture(os.path.abspath(picture), self.config.control)
+            caption_key, caption = self.caption(text)
+            return Row(index, None, key, caption_key), [], caption | control
+        except Failure as failure:
+            return None, [str(failure)], {}
+
+
+def load_encoders(base, device, **without):
+    """The base's pipeline in bf16, without its transformer."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    options = dict(transformer=None, dtype=torch.bfloat16, use_safetensors=True)
+    options |= dict(low_cpu_mem_usage=False) | without
+    return diffusers.CogView4ControlPipeline.from_pretrained(base, **options).to(device)
+
+
+@torch.no_grad()
+def encode_share(config, base, reader, device):
+    """Encodes what this rank's rows lack -> [(Row or None, remarks)]."""
+    encoders = None
+    found = []
+    stored = set(
+        reader.cached
+    )  # a copy: each row is remarked on, whatever threads have read before
+    share = range(RANK, len(reader.rows) + len(reader.cases), WORLD)
+    reading = prefetch(reader.read, share, config.dataloader_num_workers)
+    for row, remarks, to_encode in tqdm(reading, "encoding", total=len(share), **BAR):
+        found.append((row, remarks))
+        for key in to_encode.keys() - stored:
+            encoders = encoders or load_encoders(base, device)
+            item = to_encode[key]
+            if isinstance(item, str):  # alone: its padding is attended to
+                length = config.max_sequence_length
+                entry = encoders.encode_prompt(item, None, False, max_sequence_length=length)[0]
+            else:
+                pixels = item.to(device, encoders.vae.dtype)
+                entry = encoders.vae.encode(pixels).latent_dist.parameters
+            with atomic(Path(config.encoded_dir, f"{key}.safetensors")) as aside:
+                save_file({"entry": entry[0].cpu().contiguous()}, aside)
+            stored.add(key)
+        if stop_requests:
+            break
+    return found
+
+
+def entry_sizes(config):
+    """{key: bytes} of the cache, without what a power cut has left empty."""
+    files = Path(config.encoded_dir).glob("[!.]*.safetensors")
+    return {file.stem: size for file in files if (size := file.stat().st_size)}
+
+
+def encode(config, base, rows, device):
+    """Encodes what the cache lacks, on all ranks -> Encoded."""
+    with fail_together():
+        reader = Reader(config, base, rows, set(entry_sizes(config)))
+        mine = encode_share(config, base, reader, device)
+    gc.collect()  # the encoders are freed before the transformer is loaded
+    torch.cuda.empty_cache()
+    shares, stops = zip(*all_gather_objects((mine, len(stop_requests))))
+    require(not any(stops), "stopped by a signal; the same command continues", 75)
+    found = [shares[i % WORLD][i // WORLD] for i in range(len(rows) + len(reader.cases))]
+    for row, remarks in found[len(rows) :]:
+        require(row, "".join(remarks))
+    tell_remarks(config, found[: len(rows)])
+    usable = [row for row, _ in found if row]
+    cases = usable[len(usable) - len(reader.cases) :]
+    train, held_out = hold_out(usable[: len(usable) - len(cases)], config.probe_samples)
+    if len(held_out) < min(2, config.probe_samples):
+        say("fewer than two rows can be held out: control_gain is not measured")
+    sizes = [entry_sizes(config)]
+    dist.broadcast_object_list(sizes)  # rank 0's: all sort by the same
+    return Encoded(Path(config.encoded_dir), *sizes, reader.empty_key, train, held_out, cases)
+
+
+def tell_remarks(config, found):
+    """Tells each remark once; rows that cannot be used fail, or are left out."""
+    first, count = {}, Counter()
+    for index, (row, remarks) in enumerate(found):
+        for remark in remarks if row else ["cannot be used"]:
+            first.setdefault(remark, f"row {index}: {remark}" if row else remarks[0])
+            count[remark] += 1
+    for remark in count:
+        about = f"{first[remark]} ({count[remark]} of {len(found)} rows)"
+        use = remark != "cannot be used" or config.skip_bad_rows
+        require(use, f"{about}; --skip_bad_rows leaves out what cannot be used")
+        say(about)
+
+
+def hold_out(rows, most):
+    """-> (rows to train on, up to `most` others, which share no picture with them)."""
+    count = Counter()
+    for row in rows:
+        count.update((row.image_key, row.control_key, (row.image_key, row.control_key)))
+    held_out, hidden, lost = [], set(), 0
+    for row in sorted(rows, key=lambda row: digest("held out", row.image_key)):
+        pair = row.image_key, row.control_key
+        sharing = count[pair[0]] + count[pair[1]] - count[pair]
+        fits = len(held_out) < most and lost + sharing <= len(rows) // 10
+        if fits and hidden.isdisjoint(pair):
+            held_out.append(row)
+            hidden.update(pair)
+            lost += sharing
+    return [row for row in rows if hidden.isdisjoint((row.image_key, row.control_key))], held_out
+
+
+# === the sample stream ===
+# Randomness is addressed, not consumed: what is random about the k-th sample depends on (seed, k)
+# alone. So a restart is exact, and any number of ranks sees the same global batches.
+
+
+def generator(*address):
+    """Of an address such as (seed, "noise", k)."""
+    return torch.Generator().manual_seed(int(digest(*address)[:15], 16))
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(seed, epoch, rows):
+    return torch.randperm(rows, generator=generator(seed, "order", epoch))
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The samples of a run, and the micro-batches of a rank."""
+
+    config: Config
+    encoded: Encoded
+    rank: int
+    world: int
+
+    def row(self, k):
+        """(Row, caption key) of sample k: every row once an epoch; some lose their caption."""
+        seed, rows = self.config.seed, self.encoded.train
+        row = rows[permutation(seed, k // len(rows), len(rows))[k % len(rows)]]
+        chance = torch.rand((), generator=generator(seed, "caption", k))
+        dropped = chance < self.config.proportion_empty_prompts
+        return row, self.encoded.empty_key if dropped else row.caption_key
+
+    def timestep(self, k):
+        """Timestep of sample k, 1 ... 1000, (1,): uniform, and evenly spread over neighbours.
+
+        Multiples of the golden ratio fill the unit interval evenly; here in units of 2 ** -64.
+        """
+        start = int(digest(self.config.seed, "timestep"), 16)
+        u = (start + k * 0x9E3779B97F4A7C15) % 2**64
+        return torch.tensor([float(TIMESTEPS - (u * TIMESTEPS >> 64))])
+
+    def sample(self, row, caption_key, timestep, *address):
+        """Model inputs for one row; the address decides noise and posterior draws."""
+        side = self.config.resolution // PIXELS_PER_LATENT
+        random = generator(self.config.seed, *address)
+        noise, eps, control_eps = torch.randn(3, LATENT_CHANNELS, side, side, generator=random)
+        sample = {"noise": noise, "timestep": timestep, "prompt": self.encoded.entry(caption_key)}
+        sample["latents"] = self.encoded.latents(row.image_key, eps)
+        sample["control"] = self.encoded.latents(row.control_key, control_eps)
+        return sample
+
+    def micro_batch(self, device, number):
+        """Micro-batch `number` of this rank, see collate."""
+        step, turn = divmod(number, self.config.gradient_accumulation_steps)
+        size, total = self.config.train_batch_size, self.config.total_batch_size
+        of_step = range(step * total, (step + 1) * total)
+        # Sorted by caption length, so that padding is rare.
+        by_length = sorted(of_step, key=lambda k: self.encoded.sizes[self.row(k)[1]])
+        mine = by_length[(turn * self.world + self.rank) * size :][:size]
+        samples = [self.sample(*self.row(k), self.timestep(k), "noise", k) for k in mine]
+        return collate(samples, device)
+
+
+def collate(samples, device):
+    """Samples -> micro-batch: stacked tensors, and a list of prompts, as lengths differ."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # of this thread, for pinning
+
+    def move(tensor):  # from pinned memory: nobody waits for the copy
+        pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+        return pinned.to(device, non_blocking=True)
+
+    names = ("latents", "control", "noise", "timestep")
+    batch = {name: move(torch.stack([sample[name] for sample in samples])) for name in names}
+    batch["timestep"] = batch["timestep"].flatten()
+    return batch | {"prompts": [move(sample["prompt"]) for sample in samples]}
+
+
+# === evaluation ===
+# The loss does not show whether the control is followed. Held-out rows do: their loss with their
+# own control against another's, and pictures.
+
+
+def spread(jobs, work, title, device):
+    """{job: work(job)}, spread over the ranks, one a round. Raises Stopped."""
+    mine = {}
+    for first in tqdm(range(0, len(jobs), WORLD), title, leave=False, **BAR):
+        raise_if_stopped(device)
+        mine.update({job: work(job) for job in jobs[first:][RANK : RANK + 1]})
+    return {job: result for share in all_gather_objects(mine) for job, result in share.items()}
+
+
+@torch.no_grad()
+def probe(model, stream):
+    """Losses of held-out rows with fixed noise at t = 100 ... 900; {} for fewer than two rows.
+
+    probe_loss: with their own control; probe_loss_swapped: with the next row's; control_gain: what
+    the swap costs, 0 if the control is ignored.
+    """
+    rows = stream.encoded.held_out
+    if len(rows) < 2:
+        return {}
+    samples = [stream.sample(row, row.caption_key, None, "probe", n) for n, row in enumerate(rows)]
+
+    def loss(job):
+        swapped, t, n = job
+        control = samples[(n + swapped) % len(rows)]["control"]
+        sample = samples[n] | {"control": control, "timestep": torch.tensor([float(t)])}
+        return flow_matching_loss(model, collate([sample], model.device)).item()
+
+    jobs = list(itertools.product((0, 1), range(100, 901, 100), range(len(rows))))
+    losses = spread(jobs, loss, "probing", model.device)
+    own, swapped = torch.tensor([losses[job] for job in jobs]).double().view(2, -1).mean(1).tolist()
+    return {"probe_loss": own, "probe_loss_swapped": swapped, "control_gain": swapped / own - 1}
+
+
+@torch.no_grad()
+def draw_pictures(model, stream, base, step):
+    """Draws the user's cases and four held-out rows: control | generated ... | target -> file."""
+    config, encoded = stream.config, stream.encoded
+    cases = encoded.cases + (encoded.held_out or encoded.train)[:4]
+    if config.num_validation_images == 0:
+        return None
+    parts = {"text_encoder": None, "tokenizer": None}
+    vae = load_encoders(base, model.device, **parts).vae if RANK < len(cases) else None
+
+    def draw(n):
+        control = encoded.latents(cases[n].control_key)[None].to(model.device)
+        keys = cases[n].caption_key, encoded.empty_key
+        prompts = [encoded.entry(key).to(model.device) for key in keys]
+        latents = [control]
+        for m in range(config.num_validation_images):
+            address = ("validation", n - len(encoded.cases), m)  # held-out rows from 0 on
+            noise = torch.randn(control.shape, generator=generator(config.seed, *address))
+            options = config.num_inference_steps, config.guidance_scale
+            latents.append(euler_sample(model, noise.to(model.device), control, *prompts, *options))
+        if cases[n].image_key:
+            latents.append(encoded.latents(cases[n].image_key)[None])
+        cells = [vae.decode(x.to(model.device, vae.dtype)).sample for x in latents]
+        blank = [] if cases[n].image_key else [torch.ones_like(cells[0])]
+        return torch.cat(cells + blank, dim=3).cpu()
+
+    bands = spread(range(len(cases)), draw, "drawing", model.device)
+    file = Path(config.output_dir, "validation", f"step-{step}.png")
+    with fail_together():
+        if RANK == 0:
+            picture = torch.cat([bands[n] for n in range(len(cases))], dim=2)
+            with atomic(file) as aside:
+                VaeImageProcessor().postprocess(picture)[0].save(aside, "PNG")
+    return file
+
+
+# === engine and checkpoints ===
+# DeepSpeed shards the optimizer (ZeRO-2). Its state is kept by parameter, so any number of ranks
+# continues. A checkpoint is written aside and renamed: it is there whole or not at all.
+
+ENGINE_CHOICES = {  # values of ds_config.json that train right; for "auto" the flags decide
+    "zero_optimization.stage": [1, 2],
+    "zero_optimization.offload_optimizer.device": ["auto", "cpu", "none"],
+    # DeepSpeed 0.19.8 may free a larger gradient before it is sent (reduce_ipg_grads).
+    "zero_optimization.reduce_bucket_size": range(4096 * 16384, 2**31),
+    "data_types.grad_accum_dtype": ["fp32", "bf16"],
+    "communication_data_type": ["fp32", "bf16"],
+}
+STATE = {"fp32": None, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}  # in files -> in DeepSpeed
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Steps done, those without finite gradients, and the last that was evaluated."""
+
+    step: int = 0
+    skipped: int = 0
+    evaluated: int = -1
+
+
+def dotted(settings, prefix=""):
+    """Nested settings -> {"zero_optimization.stage": 2, ...}."""
+    names = {}
+    for key, value in settings.items():
+        inner = isinstance(value, dict)
+        names.update(dotted(value, f"{prefix}{key}.") if inner else {prefix + key: value})
+    return names
+
+
+def engine_settings(config):
+    """ds_config.json, with the user's values and those of the flags."""
+    shipped = Path(__file__).with_name("ds_config.json")
+    file = Path(config.deepspeed_config or shipped)
+    settings = json.loads(shipped.read_text())
+    known = dotted(settings)
+    with explained(f"--deepspeed_config {file}"):
+        given = json.loads(file.read_text())
+        require(isinstance(given, dict), "a JSON object is expected")
+        for name, value in dotted(given).items():
+            says = f"{name} = {json.dumps(value)}"
+            require(name in known, f"{says}: not known to train right (as fp16, fp8; bf16 is)")
+            default = ["auto"] if known[name] == "auto" else [value]
+            choices = ENGINE_CHOICES.get(name, default)
+            alike = value in choices and type(value) is type(known[name])
+            require(alike, f"{says}: must be like {known[name]}, one of {choices}")
+            *sections, key = name.split(".")
+            functools.reduce(dict.get, sections, settings)[key] = value
+    settings["train_micro_batch_size_per_gpu"] = config.train_batch_size
+    settings["gradient_accumulation_steps"] = config.gradient_accumulation_steps
+    settings["train_batch_size"] = config.total_batch_size
+    settings["gradient_clipping"] = config.max_grad_norm
+    # Without check_grad_overflow one NaN would end in the weights.
+    settings["bf16"] = {"enabled": config.mixed_precision == "bf16", "check_grad_overflow": True}
+    return settings
+
+
+def start_ranks(minutes):
+    """Joins the other ranks, with a timeout in minutes -> this rank's device."""
+    if "RANK" not in os.environ:  # no launcher
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it needs a compiler
+    accelerator = deepspeed.accelerator.get_accelerator()
+    accelerator.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    place = f"the ranks cannot meet at port {os.environ['MASTER_PORT']}, see --master_port"
+    with explained(place, dist.DistError, code=1):
+        deepspeed.init_distributed(timeout=datetime.timedelta(minutes=minutes), verbose=False)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda number, frame: stop_requests.append(number))
+    return torch.device(accelerator.current_device_name())
+
+
+def start_engine(config, settings, transformer, checkpoint=None, adam_steps=0):
+    """deepspeed.initialize with AdamW, in the state of a checkpoint after adam_steps steps."""
+    offloaded = settings["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    adam = deepspeed.ops.adam.DeepSpeedCPUAdam if offloaded else torch.optim.AdamW
+    options = {"lr": 0.0, "betas": (config.adam_beta1, config.adam_beta2)}
+    options |= {"eps": config.adam_epsilon, "weight_decay": config.adam_weight_decay}
+    optimizer = adam(transformer.parameters(), **options, **({} if offloaded else {"fused": True}))
+    engine, *_ = deepspeed.initialize(model=transformer, optimizer=optimizer, config=settings)
+
+    # DeepSpeed makes Adam's state in the first step; to be loaded, it must be there before.
+    for group in optimizer.param_groups:
+        for part in group["params"]:  # this rank's part of the fp32 weights
+            step = adam_steps if offloaded else torch.tensor(float(adam_steps), device=part.device)
+            moments = {name: torch.zeros_like(part) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[part] = {"step": step} | moments
+    engine.optimizer._lazy_init_hp_params_optimizer_state()
+    for name, parameter in transformer.named_parameters() if checkpoint else ():
+        if parameter._hp_mapping is not None:  # this rank holds a part of it
+            for entry, tensor in load_file(checkpoint / "state" / f"{name}.safetensors").items():
+                safe_set_full_optimizer_state(parameter, tensor, STATE[entry])
+    return engine
+
+
+def save_state(engine, folder):
+    """Writes fp32 weights and Adam's moments, a file a parameter. All ranks must call it."""
+    weights = dict(engine.module.named_parameters())
+    names = sorted(weights, key=lambda name: weights[name].numel())  # those of a round are alike
+    for first in tqdm(range(0, len(names), WORLD), "saving", leave=False, **BAR):
+        mine = {}
+        for rank, name in enumerate(names[first : first + WORLD]):
+            # Each rank holds a part of it: all gather what one of them will write.
+            state = {e: safe_get_full_optimizer_state(weights[name], STATE[e]) for e in STATE}
+            if rank == RANK:
+                mine[name] = {e: state[e].cpu() for e in state}
+        with fail_together():  # once a round: its files are written side by side
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in mine:
+                save_file(mine[name], folder / f"{name}.safetensors")
+    os.sync()  # what the manifest will call whole must survive a power cut
+
+
+def save_checkpoint(engine, config, state, manifest):
+    """Writes checkpoint-<step> and deletes the oldest. All ranks must call it."""
+    folder = Path(config.output_dir, f"checkpoint-{state.step}")
+    aside = folder.with_name(f".{folder.name}.tmp")
+    save_state(engine, aside / "state")
+    with fail_together():
+        if RANK == 0:
+            engine.module.save_pretrained(aside / "transformer", max_shard_size="100GB")
+            os.sync()
+            files = [file for file in aside.rglob("*") if file.is_file()]
+            sizes = {str(file.relative_to(aside)): file.stat().st_size for file in files}
+            manifest = asdict(state) | manifest | {"files": sizes}
+            with atomic(aside / "manifest.json") as file:
+                file.write_text(json.dumps(manifest, indent=1))
+            shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+            os.replace(aside, folder)
+            # Later ones are damaged, or the run would have begun there: they go first.
+            steps = sorted(checkpoints(folder.parent), key=lambda step: (step <= state.step, step))
+            limit = config.checkpoints_total_limit
+            for step in steps[:-limit] if limit else ():
+                shutil.rmtree(folder.with_name(f"checkpoint-{step}"), ignore_errors=True)
+
+
+def checkpoints(folder):
+    """-> {step: checkpoint-<step>}, oldest first."""
+    paths = {path.name.removeprefix("checkpoint-"): path for path in folder.glob("checkpoint-*")}
+    return {int(step): paths[step] for step in sorted(filter(str.isdecimal, paths), key=int)}
+
+
+def find_checkpoint(output_dir):
+    """(newest checkpoint with all files in their sizes, its manifest), or (None, {})."""
+    present = checkpoints(Path(output_dir)).values()
+    for folder in reversed(present):
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text())
+            sizes = {name: (folder / name).stat().st_size for name in manifest["files"]}
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            say(f"skipping {folder}, which is damaged: {error}")
+            continue
+        if sizes == manifest["files"]:
+            return folder, manifest
+        say(f"skipping {folder}, which is damaged: sizes of files have changed")
+    require(not present, f"{output_dir} holds only damaged checkpoints: move them away")
+    return None, {}
+
+
+def check_same_run(manifest, identity):
+    """Fails where continuing would change the samples, or the meaning of the state."""
+    for name, now in identity.items():
+        saved = manifest.get("identity", {}).get(name, now)
+        change = f"{name} was {saved} and is {now}"
+        require(saved == now, f"{change}: restore it, or take another --output_dir")
+
+
+# === the loop ===
+# After each micro-batch, and within an evaluation, the ranks ask each other for signals: launchers
+# kill 30 seconds after SIGTERM.
+
+stop_requests = []  # signals that came to this rank
+
+
+def raise_if_stopped(device):
+    """Raises Stopped on all ranks after a signal to any. All ranks must call it."""
+    signals = torch.tensor(float(len(stop_requests)), device=device)
+    dist.all_reduce(signals)
+    if signals.item():
+        raise Stopped
+
+
+class Log:
+    """metrics.jsonl, trackers and progress bar of rank 0."""
+
+    def __init__(self, config, start, steps):
+        self.folder = Path(config.output_dir)
+        self.bar = tqdm(None, "training", total=steps, initial=start, **BAR)
+        self.report_to = config.report_to if RANK == 0 else "none"
+        self.tracker = None
+        file = self.folder / "metrics.jsonl"
+        if RANK == 0 and file.exists():  # drop what came after the last checkpoint
+            lines = [line for line in file.read_text().splitlines(True) if line.endswith("}\n")]
+            kept = [line for line in lines if json.loads(line)["step"] <= (start or -1)]
+            with atomic(file) as aside:
+                aside.write_text("".join(kept))
+
+    def write(self, kind, step, figures, picture=None):
+        """Writes figures of kind "train" or "probe". All ranks must call it."""
+        figures = {name: x if math.isfinite(x) else None for name, x in figures.items()}
+        with fail_together():
+            if RANK == 0:
+                with open(self.folder / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps({"step": step} | figures) + "\n")
+        self.bar.update(step - self.bar.n)
+        if self.report_to == "none":
+            return
+        try:
+            self.track(kind, step, figures, picture)
+        except Exception as error:  # no network, disk or login is no reason to end the run
+            say(f"--report_to {self.report_to}: {error}; the run goes on without this tracker")
+            self.report_to = "none"
+
+    def track(self, kind, step, figures, picture):
+        if self.tracker is None:
+            if self.report_to != "tensorboard":  # wandb copies what tensorboard gets
+                importlib.import_module("wandb").init(sync_tensorboard=True)
+            tensorboard = importlib.import_module("torch.utils.tensorboard")
+            self.tracker = tensorboard.SummaryWriter(self.folder / "logs")
+        for name, value in figures.items():
+            self.tracker.add_scalar(f"{kind}/{name}", math.nan if value is None else value, step)
+        if picture:
+            image = VaeImageProcessor.pil_to_numpy(Image.open(picture))
+            self.tracker.add_images("validation", image, step, dataformats="NHWC")
+        self.tracker.flush()
+
+
+def train_step(engine, model, batches, config, rate):
+    """One optimizer step -> (mean loss, gradient norm), the same on all ranks. Raises Stopped."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+    losses = []
+    for number in range(config.gradient_accumulation_steps):
+        if number:
+            raise_if_stopped(model.device)
+        loss = flow_matching_loss(model, next(batches))
+        engine.backward(loss)
+        engine.step()  # after the last micro-batch: clips, and lets AdamW act if all is finite
+        losses.append(loss.detach())
+    if not engine.was_step_applied():  # DeepSpeed 0.19.8 keeps them when offloading
+        sums = getattr(engine.optimizer, "averaged_gradients", {})
+        sums.update(dict.fromkeys(sums))
+    loss = torch.stack(losses).mean() / WORLD
+    dist.all_reduce(loss)
+    return loss.item(), float(engine.get_global_grad_norm())  # waits: the caller's clock is true
+
+
+def train(engine, stream, base, identity, state, steps):
+    """Trains from a TrainState to step `steps`. After a signal it fails with code 75."""
+    config = stream.config
+    model = VelocityModel(engine, config.resolution)
+    log = Log(config, state.step, steps)
+    manifest = {"steps": steps, "identity": identity}
+    saved, skipped_in_a_row = state.step, 0
+    unused = torch.optim.SGD([torch.zeros(1)])  # get_scheduler wants an optimizer
+    spans = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": steps}
+    schedule = diffusers.optimization.get_scheduler(config.lr_scheduler, unused, **spans)
+    numbers = itertools.count(state.step * config.gradient_accumulation_steps)
+    load = partial(stream.micro_batch, model.device)
+    batches = prefetch(load, numbers, config.dataloader_num_workers)
+    try:
+        while True:
+            # If a rank hangs, all print their stacks and end.
+            faulthandler.dump_traceback_later(60 * config.timeout_minutes, exit=True)
+
+            # Evaluate: before the first step, every validation_steps, and at the end.
+            due = state.step % config.validation_steps == 0 or state.step == steps
+            if due and state.evaluated < state.step:
+                picture = draw_pictures(model, stream, base, state.step)
+                log.write("probe", state.step, probe(model, stream), picture)
+                state = replace(state, evaluated=state.step)
+
+            # Save.
+            due = state.step % config.checkpointing_steps == 0 or state.step == steps
+            if due and state.step > saved:
+                save_checkpoint(engine, config, state, manifest)
+                saved = state.step
+            if state.step >= steps:
+                break
+
+            # Train one step.
+            raise_if_stopped(model.device)
+            rate = config.learning_rate * schedule.lr_lambdas[0](state.step)
+            clock = time.perf_counter()
+            loss, norm = train_step(engine, model, batches, config, rate)
+            speed = config.total_batch_size / (time.perf_counter() - clock)
+            skipped_in_a_row = 0 if engine.was_step_applied() else skipped_in_a_row + 1
+            skipped = state.skipped + (skipped_in_a_row > 0)
+            state = replace(state, step=state.step + 1, skipped=skipped)
+
+            # Report.
+            figures = {"samples": state.step * config.total_batch_size, "loss": loss, "lr": rate}
+            figures |= {"grad_norm": norm, "samples_per_s": speed, "skipped": skipped}
+            log.write("train", state.step, figures)
+            require(skipped_in_a_row < 10, "10 steps in a row without finite gradients", 1)
+    except Stopped:
+        if state.step > saved:
+            save_checkpoint(engine, config, state, manifest)
+        after = f"stopped by a signal after step {state.step}"
+        raise Failure(f"{after}; the same command continues", 75)
+    finally:
+        batches.close()
+        faulthandler.cancel_dump_traceback_later()
+
+
+# === memory and time ===
+# What a step costs, by arithmetic: it decides what is recomputed, and what moves to the host.
+
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense bf16
+USABLE = 0.9  # of a card's memory; CUDA, NCCL and fragmentation take the rest
+UTILISATION = 0.35, 0.2  # of a card's peak: what full fine-tunes of such models reach (README)
+
+
+Cards = namedtuple("Cards", "number name memory flops")  # memory and flops are those of one
+
+
+def cards_of():
+    """The GPUs that are here, as many as ranks."""
+    if not torch.cuda.is_available():
+        return Cards(WORLD, "CPU", math.inf, 0)
+    device = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", 0)))
+    flops = [flops for name, flops in PEAK_FLOPS.items() if name in device.name]
+    return Cards(WORLD, device.name, device.total_memory, max(flops, default=0))
+
+
+def cost_of_step(config, zero, transformer, cards, tokens):
+    """({choice of --recompute: {part: bytes of a card at the peak}}, FLOP of a sample)."""
+    size = 2 if config.mixed_precision == "bf16" else 4
+    weights = transformer.num_parameters()
+    blocks = transformer.config.num_layers
+    width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+    sequence = (config.resolution // PIXELS_PER_TOKEN) ** 2 + tokens
+    offloaded = zero["offload_optimizer"]["device"] == "cpu"
+    memory = {
+        "weights": size * weights,
+        "gradients": 4 * weights / (cards.number if zero["stage"] == 2 else 1),  # summed in fp32
+        "buckets": zero["reduce_bucket_size"] * (2 * size + 4),  # two, and one in fp32
+        "optimizer": 0 if offloaded else 12 * weights / cards.number,  # fp32 weights, two moments
+    }
+    # At the peak one block is in its backward pass: 22 tensors, 4 for the gradient of gelu, and
+    # three gradients of weights, 4 D x D each, not yet summed. The others have what they keep.
+    tensor = size * config.train_batch_size * sequence * width
+    costs = {}
+    for choice, kept in KEPT_PER_BLOCK.items():
+        activations = ((blocks - 1) * kept + 22 + 4) * tensor + 3 * 4 * size * width**2
+        costs[choice] = memory | {"activations": activations}
+    # In a block a token meets 12 D^2 weights, 2 FLOP each, and in attention 2 x 2 S D FLOP. The
+    # backward pass takes twice that. What is recomputed does not count.
+    return costs, 3 * blocks * sequence * (2 * 12 * width**2 + 2 * 2 * sequence * width)
+
+
+def fit_engine(config, settings, transformer, cards, tokens):
+    """Replaces "auto" by the fastest that fits -> (config, settings, *cost_of_step)."""
+    zero = settings["zero_optimization"]
+    offload = zero["offload_optimizer"]
+    devices = ["none", "cpu"] if offload["device"] == "auto" else [offload["device"]]
+    fastest_first = list(KEPT_PER_BLOCK) if math.isfinite(cards.memory) else ["all"]
+    choices = fastest_first if config.recompute == "auto" else [config.recompute]
+    for device, choice in itertools.product(devices, choices):  # offloading costs the most time
+        zero = zero | {"offload_optimizer": offload | {"device": device}}
+        costs, flops = cost_of_step(config, zero, transformer, cards, tokens)
+        if sum(costs[choice].values()) <= USABLE * cards.memory:
+            break  # else the last ones stand, for check_machine to refuse
+    config = replace(config, recompute=choice)
+    return config, settings | {"zero_optimization": zero}, costs, flops
+
+
+def longest_caption(config, base, rows):
+    """Tokens of the longest of the thousand captions of most characters, in sixteens."""
+    captions = [""]
+    with suppress(UnicodeDecodeError):  # of a bad row, which encoding will name
+        column = config.caption_column
+        captions = [row.get(column) for row in rows] if type(rows) is list else rows[column][:]
+    longest = sorted(map(str, captions), key=len)[-1000:]
+    texts = [text.encode(errors="replace").decode() for text in longest]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base / "tokenizer")
+    tokens = max(map(len, tokenizer(texts)["input_ids"]))
+    return 16 * math.ceil(min(tokens, config.max_sequence_length) / 16)
+
+
+def print_plan(config, zero, cards, rows, done, weights, costs, flops):
+    """Prints what a run takes. rows, done, weights: their numbers."""
+    total, steps = config.total_batch_size, config.max_train_steps
+    print(f"steps   {steps} of {total} samples, {done} done; {rows} rows; ZeRO-{zero['stage']}")
+    sums = {choice: sum(parts.values()) / 1e9 for choice, parts in costs.items()}
+    parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in costs[config.recompute].items())
+    usable = f"{USABLE * cards.memory / 1e9:.0f} usable GB, {cards.name}"
+    print(f"memory  {sums[config.recompute]:.1f} of {usable}: {parts}")
+    if zero["offload_optimizer"]["device"] == "cpu":  # with gradients and bf16 weights
+        print(f"        of the hosts at least {18 * weights / 1e9:.0f} GB")
+    choices = ", ".join(f"{choice} {size:.1f}" for choice, size in sums.items())
+    print(f"        --recompute {config.recompute}; GB with {choices}")
+    saved = weights * (14 if config.mixed_precision == "bf16" else 16) / 1e9
+    encoded = 8 * rows * LATENT_CHANNELS * (config.resolution // PIXELS_PER_LATENT) ** 2 / 1e9
+    print(f"disk    {saved:.1f} GB a checkpoint, {encoded:.1f} GB of encoded data")
+    if cards.flops and config.mixed_precision == "bf16":
+        seconds = [total * flops / (cards.number * cards.flops * share) for share in UTILISATION]
+        hours = [f"{one * (steps - done) / 3600:.0f}" for one in seconds]
+        print("time    {:.1f} to {:.1f} s a step,".format(*seconds), " to ".join(hours), "hours")
+
+
+# === errors, ranks and files ===
+# A user's mistake is a Failure: one line and an exit code. Anything else is a bug, and a traceback.
+# What only one rank can see, such as a full disk, it tells the others, and all end.
+
+BAR = {"disable": RANK > 0, "mininterval": 0.1 if sys.stderr.isatty() else 10}  # options of tqdm
+
+
+class Failure(Exception):
+    """Ends the run with one line. code: 1 a failure, 2 a wrong request, 75 stopped by a signal."""
+
+    def __init__(self, message, code=2):
+        super().__init__(message)
+        self.code = code
+
+
+class Stopped(Exception):
+    """Raised on all ranks after a signal to any."""
+
+
+def require(condition, message, code=2):
+    if not condition:
+        raise Failure(message, code)
+
+
+@contextmanager
+def explained(what, *kinds, code=2):
+    """Makes exceptions of these kinds a Failure, and puts `what` before it."""
+    try:
+        yield
+    except Failure as failure:
+        raise Failure(f"{what}: {failure}", failure.code)
+    except kinds or (OSError, ValueError) as error:
+        said = " ".join(str(error.__cause__ or error).partition(" <_io")[0].split())
+        raise Failure(f"{what}: {type(error).__name__}: {said:.300}", code)
+
+
+def say(message):
+    if RANK == 0:
+        tqdm.write(f"cv4ctrl.py: {message}", file=sys.stderr)
+
+
 def all_gather_objects(item):
-    """`item` of every rank, by rank, on every rank."""
     items = [None] * WORLD
     dist.all_gather_object(items, item)
     return items
 
 
-@contextlib.contextmanager
+@contextmanager
 def fail_together():
-    """A file error inside, on any rank, ends all ranks after the block."""
+    """A file error inside, on any rank, ends all ranks. All ranks must call it."""
     error = None
     try:
         yield
     except (OSError, SafetensorError) as caught:
         error = f"rank {RANK}: {caught}"
-    for message in filter(None, all_gather_objects(error)):
-        raise Failure(message)
-
-
-def log0(message):
-    """Prints a line on rank 0's stderr, above a progress bar."""
-    if RANK == 0:
-        tqdm.write(f"cv4ctrl.py: {message}", file=sys.stderr)
-
-
-progress = functools.partial(tqdm, disable=RANK > 0, mininterval=0.1 if sys.stderr.isatty() else 10)
-stop_requests = []  # signals that came: the run ends after the step, when all ranks have saved
+    for message in all_gather_objects(error):
+        require(message is None, message, 1)
 
 
 def prefetch(function, items, threads):
-    """Yields function(item) of all items in order, computed ahead by threads."""
+    """Yields function(item) in order, computed ahead by threads."""
     waiting = []
     with ThreadPoolExecutor(threads) as pool:
         for item in items:
@@ -345,854 +1360,169 @@ def prefetch(function, items, threads):
 
 
 def digest(*parts):
-    """Key of 32 hex digits for strings and numbers."""
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
-def write_aside(file, write, sync=True):
-    """Calls write(path) for a temporary file, then renames it: no crash leaves `file` half-written."""
+@contextmanager
+def atomic(file):
+    """A path beside `file`, renamed to it in the end: no crash leaves it half-written."""
     aside = file.with_name(f".{file.name}.{os.urandom(8).hex()}.tmp")
     file.parent.mkdir(parents=True, exist_ok=True)
-    write(aside)
-    aside.chmod(0o644)  # safetensors creates files as 0600
-    if sync:
-        with open(aside) as stream:
-            os.fsync(stream)
-    os.replace(aside, file)
-
-
-# === encode once ===
-# One safetensors file an entry; its key is a digest of all that it depends on, so that none is stale.
-Row = namedtuple("Row", "id image control caption")
-
-
-class Encoded(namedtuple("Encoded", "folder sizes train held_out empty")):
-    """The encoded data. sizes: {key: bytes}; train, held_out: lists of Row; empty: key of the caption ""."""
-
-    def entry(self, key):
-        """Prompt embedding (T, 4096) or posterior moments (32, h, w), bf16."""
-        return load_file(self.folder / f"{key}.safetensors")["entry"]
-
-    def latents(self, key, eps=0.0):
-        """A draw from a picture's posterior, its mean for eps 0; (16, h, w) fp32. CogView4 scales by 1."""
-        mean, log_variance = self.entry(key).float().chunk(2)
-        return mean + (0.5 * log_variance.clamp(-30, 20)).exp() * eps
-
-
-def load_splits(name, config_name):
-    """{split: rows} of a data set on the hub, a parquet file or a folder."""
-    folder = Path(name)
-    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():  # of save_to_disk
-        saved = datasets.load_from_disk(name)
-        return saved if isinstance(saved, dict) else {"train": saved}
-    pattern = glob.escape(os.path.abspath(name))
-    if folder.is_file():
-        return datasets.load_dataset("parquet", data_files=pattern)
-    if folder.exists() and pattern != os.path.abspath(name):  # datasets takes the name for a pattern
-        named = [file.name for word in ("test", "val", "dev") for file in folder.rglob(f"*{word}*")]
-        require(not named and not config_name, "rename the folder: brackets hide its splits")
-        return datasets.load_dataset(name, data_files=f"{pattern}/**")
-    parquet = [] if config_name or (folder / "README.md").exists() else list(folder.rglob("[!._]*.parquet"))
-    found = datasets.load_dataset_builder(name, config_name).config.data_files if parquet else {}
-    if len(parquet) > sum(map(len, found.values())):  # where some are named after splits, it drops the others
-        require(list(found) == ["train"], f"only some files are named after splits: {list(map(str, found))}")
-        return datasets.load_dataset(name, data_files=f"{pattern}/**/*.parquet")
-    return datasets.load_dataset(name, config_name)
-
-
-def open_dataset(config):
-    """Rows of the data set: rows[i] is a dict, images undecoded."""
-    datasets.disable_progress_bars()
-    name = config.jsonl_for_train or config.dataset_name
-    needed = {config.image_column, config.conditioning_image_column, config.caption_column}
-    with explained(f"data set {name}"):
-        if config.jsonl_for_train:  # what is not UTF-8 becomes surrogates, which read_row refuses
-            with open(name, encoding="utf-8-sig", errors="surrogateescape") as lines:
-                rows = [dict(json.loads(line)) for line in lines if line.strip()]
-            columns = set().union(*rows)
-        else:
-            splits = load_splits(name, config.dataset_config_name)
-            split = next(iter(splits)) if len(splits) == 1 else "train"
-            require(split in splits, f"has no split train, but {', '.join(map(str, splits))}")
-            rows = splits[split]
-            others = ", ".join(str(other) for other in splits if other != split)
-            if others:
-                log0(f"data set {name}: split train is taken, {others} left out")
-            columns = set(rows.column_names)
-            for column in needed & columns:
-                if isinstance(rows.features[column], datasets.Image):
-                    rows = rows.cast_column(column, datasets.Image(decode=False))
-    require(len(rows) > 0, f"data set {name} is empty")
-    require(needed <= columns, f"data set {name} has no column {needed - columns}, but {columns}")
-    count = min(len(rows), config.max_train_samples or len(rows))
-    return rows[:count] if config.jsonl_for_train else rows.select_columns(list(needed)).select(range(count))
-
-
-@functools.cache
-def load_detector(name):
-    """Detector of controlnet_aux on the CPU, by a name such as canny or lineart_anime."""
-    classes = {kind.lower(): value for kind, value in vars(importlib.import_module("controlnet_aux")).items()}
-    detector = classes[name.replace("_", "") + "detector"]
-    with explained(f"--control {name}: cannot load lllyasviel/Annotators"):
-        return detector() if name == "canny" else detector.from_pretrained("lllyasviel/Annotators")
-
-
-def read_picture(config, content, use):
-    """Content of a picture file -> (pixels (1, 3, H, W) in -1 ... 1, width / height)."""
-    side = config.resolution
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
-    if image.mode[0] in "IF":  # converted to RGB, as inference does it, it would be clipped
-        raise Failure(f"mode {image.mode} has more than 8 bits a channel: scale to 0 ... 255, save 8 bits")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        if use == "column" and image.getextrema()[3][0] < 255:
-            raise Failure("transparent pixels, which inference does not see: flatten the picture")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    ratio = image.width / image.height
-    if use not in ("target", "column"):
-        options = {"low_threshold": 50, "high_threshold": 200} if use == "canny" else {}
-        options |= {"detect_resolution": side, "image_resolution": side}
-        image = load_detector(use)(image.resize((side, side), Image.LANCZOS), **options)
-    return VaeImageProcessor(vae_scale_factor=PIXELS_PER_LATENT).preprocess(image, side, side), ratio
-
-
-def read_row(config, of_pictures, of_captions, known, rows, id):
-    """Row `id` -> (Row, or None if it cannot be used; what is wrong; {key: caption or unknown pixels})."""
-    column = config.caption_column  # the one at work, for the message
-    sources = [(config.image_column, "target"), (config.conditioning_image_column, config.control)]
-    source = Path(config.jsonl_for_train or config.dataset_name)
-    folder = source if source.is_dir() else source.parent
-    pictures = []
-    ratios = []
     try:
-        row = rows[id]
-        text = row.get(column)
-        require(isinstance(text, str), f"a caption is a string, not {text!r:.50}")
-        text.encode()  # raises ValueError for what was not UTF-8
-        caption = digest(of_captions, text)
-        parts = {digest(of_captions, ""): "", caption: text}
-        for column, use in sources:
-            value = row.get(column)
-            if not isinstance(value, dict):
-                value = {"bytes" if isinstance(value, bytes) else "path": value}
-            require(value.get("bytes") or value.get("path"), "no picture")
-            content = value.get("bytes") or (folder / value["path"]).read_bytes()
-            key = digest(of_pictures, use, hashlib.sha256(content).hexdigest())
-            pictures.append(key)
-            if key not in known:
-                parts[key], ratio = read_picture(config, content, use)
-                ratios.append(ratio)
-        skewed = len(ratios) == 2 and not 0.95 < ratios[0] / ratios[1] < 1 / 0.95
-        about = f"row {id}: its pictures differ in aspect ratio, both become squares" if skewed else ""
-        return Row(id, *pictures, caption), about, parts
-    except Exception as error:  # files and decoders raise what they like
-        return None, f"row {id}, {column}: {str(error).partition(' <_io')[0]}", {}
-
-
-def fingerprint(folder):
-    """Digest of an encoder's files."""
-    parts = []
-    for file in sorted(filter(Path.is_file, folder.iterdir())):
-        with open(file, "rb") as stream:
-            parts += [file.name, hashlib.file_digest(stream, "sha256").hexdigest()]
-    return digest(*parts)
-
-
-def load_encoders(base, device, **without):
-    """CogView4ControlPipeline of the base in bf16, without its transformer."""
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    options = dict(transformer=None, dtype=torch.bfloat16, use_safetensors=True, low_cpu_mem_usage=False)
-    return diffusers.CogView4ControlPipeline.from_pretrained(base, **options, **without).to(device)
-
-
-@torch.no_grad()
-def encode_rows(config, base, prefixes, known, rows, device):
-    """Reads this rank's rows, encodes what is not known -> for each (Row, or None; what is wrong with it)."""
-    found = []
-    stored = set(known)
-    length = {"max_sequence_length": config.max_sequence_length}
-    encoders = functools.cache(functools.partial(load_encoders, base, device))
-    read = functools.partial(read_row, config, *prefixes, known, rows)
-    ids = range(RANK, len(rows), WORLD)
-    results = prefetch(read, ids, config.dataloader_num_workers)
-    for row, about, parts in progress(results, "encoding", total=len(ids)):
-        found.append((row, about))
-        for key in parts.keys() - stored:
-            if isinstance(parts[key], str):  # alone: its pads to a multiple of 16 tokens are attended to
-                entry = encoders().encode_prompt(parts[key], None, False, **length)[0]
-            else:
-                pixels = parts[key].to(device, encoders().vae.dtype)
-                entry = encoders().vae.encode(pixels).latent_dist.parameters
-            write = functools.partial(save_file, {"entry": entry[0].cpu().contiguous()})
-            write_aside(Path(config.encoded_dir, f"{key}.safetensors"), write, sync=False)
-            stored.add(key)
-        if stop_requests:
-            break
-    return found
-
-
-def hold_out(rows, most):
-    """Rows -> (to train on, held out), by content. A row held out shares no picture with any other row."""
-    having = {}  # picture -> rows that have it
-    for row in rows:
-        having.setdefault(row.image, set()).add(row)
-        having.setdefault(row.control, set()).add(row)
-    hidden = set()
-    held_out = []
-    for row in sorted(rows, key=lambda row: digest("held out", row.image)):
-        room = len(rows) // 10 - len(hidden)
-        shares = (having[row.image], having[row.control])
-        if len(held_out) < most and row not in hidden and max(map(len, shares)) <= room:
-            if len(set.union(*shares) - hidden) <= room:
-                held_out.append(row)
-                hidden.update(*shares)
-    return [row for row in rows if row not in hidden], held_out
-
-
-def encode(config, base, rows, device):
-    """Encodes what the cache lacks, split over the ranks -> Encoded. Raises Failure for unusable rows."""
-    folder = Path(config.encoded_dir)
-
-    def entries():  # a file may be empty after a power cut
-        return {file.stem: size for file in folder.glob("[!.]*.safetensors") if (size := file.stat().st_size)}
-
-    with fail_together():
-        vae, *text = (fingerprint(base / part) for part in ("vae", "text_encoder", "tokenizer"))
-        of_pictures = digest("pictures", vae, config.resolution)
-        of_captions = digest("captions", *text, config.max_sequence_length)
-        mine = encode_rows(config, base, (of_pictures, of_captions), entries(), rows, device)
-    gc.collect()  # the encoders are freed before the transformer is loaded
-    torch.cuda.empty_cache()
-    parts, sizes, stops = zip(*all_gather_objects((mine, entries(), bool(stop_requests))))
-    require(not any(stops), "stopped by a signal; the same command continues", 75)
-    found = [parts[id % WORLD][id // WORLD] for id in range(len(rows))]
-    bad = [about for row, about in found if not row]
-    skewed = [about for row, about in found if row and about]
-    for notes in filter(None, (bad, skewed)):
-        about = f"{notes[0]} ({len(notes)} of {len(found)} rows)"
-        require(config.skip_bad_rows or not bad, f"{about}; --skip_bad_rows leaves out what cannot be used")
-        log0(about)
-    train, held_out = hold_out([row for row, _ in found if row], config.probe_samples)
-    if len(held_out) < min(2, config.probe_samples):
-        log0("fewer than two controls can be held out: control_gain is not measured")
-    return Encoded(folder, sizes[0], train, held_out, digest(of_captions, ""))
-
-
-# === sample stream ===
-# Sample k of a run is a pure function of (seed, k); ranks, threads and restarts only ask for it.
-def generator(*address):
-    """Random generator of an address such as (seed, "noise", k)."""
-    return torch.Generator().manual_seed(int(digest(*address)[:15], 16))
-
-
-@functools.lru_cache(maxsize=2)
-def permutation(seed, epoch, rows):
-    """Order of the rows in an epoch, (rows,) int64."""
-    return torch.randperm(rows, generator=generator(seed, "order", epoch))
-
-
-class Stream(namedtuple("Stream", "config encoded rank world")):
-    """The samples of a run. Those of a step are sorted by caption length before they form micro-batches."""
-
-    def row(self, k):
-        """(Row, key of its caption) of sample k: every row once an epoch; some lose their caption."""
-        seed = self.config.seed
-        rows = self.encoded.train
-        row = rows[permutation(seed, k // len(rows), len(rows))[k % len(rows)]]
-        empty = torch.rand((), generator=generator(seed, "caption", k)) < self.config.proportion_empty_prompts
-        return row, self.encoded.empty if empty else row.caption
-
-    def timestep(self, k):
-        """Timestep of sample k, (1,): a low-discrepancy sequence, so that neighbours are spread evenly."""
-        start = int(digest(self.config.seed, "timestep"), 16)
-        u = (start + k * 0x9E3779B97F4A7C15) % 2**64  # steps of the golden ratio, as fractions of 2**64
-        return torch.tensor([float(TIMESTEPS - (u * TIMESTEPS >> 64))])
-
-    def sample(self, row, caption, timestep, *address):
-        """Model inputs for one row; noise and posterior draws are those of the address."""
-        side = self.config.resolution // PIXELS_PER_LATENT
-        random = generator(self.config.seed, *address)
-        noise, eps, control_eps = torch.randn(3, LATENT_CHANNELS, side, side, generator=random)
-        sample = {"latents": self.encoded.latents(row.image, eps), "noise": noise, "timestep": timestep}
-        sample["control"] = self.encoded.latents(row.control, control_eps)
-        return sample | {"prompt_embeds": self.encoded.entry(caption)}
-
-    def micro_batch(self, device, n):
-        """Micro-batch n of this rank on `device`."""
-        step, turn = divmod(n, self.config.gradient_accumulation_steps)
-        size = self.config.train_batch_size
-        total = self.config.total_batch_size
-        of_step = range(step * total, (step + 1) * total)
-        by_length = sorted(of_step, key=lambda k: self.encoded.sizes[self.row(k)[1]])  # of captions
-        mine = by_length[(turn * self.world + self.rank) * size :][:size]
-        return collate([self.sample(*self.row(k), self.timestep(k), "noise", k) for k in mine], device)
-
-
-def collate(samples, device):
-    """Samples -> micro-batch on `device`; prompt_embeds padded on the right, where mask (B, T) is False."""
-    batch = {name: torch.stack([s[name] for s in samples]) for name in ("latents", "control", "noise")}
-    batch["timestep"] = torch.cat([s["timestep"] for s in samples])
-    image_tokens = batch["noise"][0, 0].numel() * PIXELS_PER_LATENT**2 // PIXELS_PER_TOKEN**2
-    batch["sigma"] = shifted_sigma(batch["timestep"], image_tokens)
-    embeds = [s["prompt_embeds"] for s in samples]
-    batch["prompt_embeds"] = torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True)
-    lengths = torch.tensor([len(embed) for embed in embeds])
-    if lengths.min() < lengths.max():
-        batch["mask"] = torch.arange(lengths.max()) < lengths[:, None]
-    if device.type == "cuda":  # from pinned memory the copy is not waited for
-        torch.cuda.set_device(device)  # of this thread: else pinning would open a context on the first card
-        batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-    return {"mask": None} | {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-
-
-# === evaluation ===
-@torch.no_grad()
-def euler_sample(model, shared, x, control, prompt_embeds, empty_embeds, steps, guidance):
-    """Noise x (1, 16, h, w) -> latents in the pipeline's steps; guidance > 1 mixes in the empty prompt."""
-    timesteps = torch.linspace(TIMESTEPS, 1, steps, dtype=torch.float64).long().float()  # the pipeline's
-    image_tokens = len(shared["image_rotary_emb"][0])
-    sigmas = shifted_sigma(torch.cat([timesteps, torch.zeros(1)]), image_tokens).tolist()
-    for t, sigma, next_sigma in zip(timesteps.to(x.device), sigmas, sigmas[1:]):
-        v = predict(model, shared, x, control, prompt_embeds, None, t.expand(len(x)))
-        if guidance > 1:
-            unguided = predict(model, shared, x, control, empty_embeds, None, t.expand(len(x)))
-            v = unguided + guidance * (v - unguided)
-        x = (x.float() + (next_sigma - sigma) * v.float()).to(v.dtype)  # the scheduler rounds as well
-    return x
-
-
-def spread(jobs, work, title):
-    """{job: work(job)} of all jobs on every rank, the work spread over the ranks."""
-    mine = {job: work(job) for job in progress(jobs[RANK::WORLD], title, leave=False)}
-    return {job: result for part in all_gather_objects(mine) for job, result in part.items()}
-
-
-@torch.no_grad()
-def probe(model, shared, stream):
-    """Loss of held-out rows with fixed noise, and with the next row's control; {} for fewer than two rows."""
-    rows = stream.encoded.held_out
-    if len(rows) < 2:
-        return {}
-    samples = [stream.sample(row, row.caption, None, "probe", n) for n, row in enumerate(rows)]
-
-    def loss(job):
-        n, t, swapped = job
-        control = samples[(n + swapped) % len(rows)]["control"]
-        sample = samples[n] | {"control": control, "timestep": torch.tensor([float(t)])}
-        return batch_loss(model, shared, collate([sample], shared["original_size"].device)).item()
-
-    jobs = [(n, t, swapped) for swapped in (0, 1) for t in range(100, 901, 100) for n in range(len(rows))]
-    losses = spread(jobs, loss, "probing")
-    own, other = torch.tensor([losses[job] for job in jobs]).double().view(2, -1).mean(1).tolist()
-    return {"probe_loss": own, "probe_loss_swapped": other, "control_gain": other / own - 1}
-
-
-@torch.no_grad()
-def validate(model, shared, stream, base, step):
-    """Draws held-out rows into a picture, control | generated | target -> its name, or None."""
-    config = stream.config
-    encoded = stream.encoded
-    device = shared["original_size"].device
-    cases = (encoded.held_out or encoded.train)[:4]
-    if config.num_validation_images == 0:
-        return None
-
-    def draw(n):
-        """Control, drawn, target (16, h, w) of case n."""
-        case = cases[n]
-        control = encoded.latents(case.control)
-        given = (control, encoded.entry(case.caption), encoded.entry(encoded.empty))
-        row = [control]
-        for m in range(config.num_validation_images):
-            noise = torch.randn(control.shape, generator=generator(config.seed, "validation", n, m))
-            inputs = [tensor[None].to(device) for tensor in (noise, *given)]
-            drawn = euler_sample(model, shared, *inputs, config.num_inference_steps, config.guidance_scale)
-            row.append(drawn[0].cpu())
-        return [*row, encoded.latents(case.image)]
-
-    rows = spread(range(len(cases)), draw, "drawing")
-    picture = f"validation/step-{step}.png"
-    with fail_together():
-        if RANK == 0:
-            vae = load_encoders(base, device, text_encoder=None, tokenizer=None).vae
-            bands = []
-            for n in range(len(cases)):
-                cells = [vae.decode(latents[None].to(device, vae.dtype)).sample.cpu() for latents in rows[n]]
-                bands.append(torch.cat(cells, dim=3))
-            image = VaeImageProcessor().postprocess(torch.cat(bands, dim=2))[0]
-            write_aside(Path(config.output_dir, picture), lambda path: image.save(path, "PNG"))
-    return picture
-
-
-# === engine and checkpoints ===
-# What continues a run is kept by parameter, not by rank: any number of ranks continues from it.
-ENGINE_CHOICES = {"stage": (1, 2), "device": ("auto", "cpu", "none")}
-ENGINE_CHOICES |= dict.fromkeys(("grad_accum_dtype", "communication_data_type"), ("fp32", "bf16"))
-STATE = {"fp32": None, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}  # entry -> what DeepSpeed calls it
-
-
-def merged(shipped, given, file, path=""):
-    """The shipped engine settings with the values of another file. Raises Failure for other keys or types."""
-    settings = dict(shipped)
-    for key, value in given.items():
-        default = shipped.get(key)
-        choices = ENGINE_CHOICES.get(key, () if isinstance(value, str) else (value,))
-        typed = type(value) is type(default) or default == "auto" and isinstance(value, (int, float))
-        known = key in shipped and typed and (value == default or value in choices)
-        says = f"{file} says {path}{key} = {json.dumps(value)}"
-        require(known, f"{says}, which is not known to train right; nor are fp16 and fp8")
-        settings[key] = merged(default, value, file, f"{path}{key}.") if isinstance(default, dict) else value
-    return settings
-
-
-def engine_settings(config):
-    """ds_config.json, its "auto" replaced by what the flags say; only keys of the shipped file are taken."""
-    shipped = Path(__file__).with_name("ds_config.json")
-    file = Path(config.deepspeed_config or shipped)
-    with explained(f"--deepspeed_config {file}: a JSON object is expected"):
-        given = dict(json.loads(file.read_text()))
-    settings = merged(json.loads(shipped.read_text()), given, file.name)
-    for section, key, owner, value in (
-        (settings, "train_micro_batch_size_per_gpu", "train_batch_size", config.train_batch_size),
-        (settings, "gradient_accumulation_steps", "total_batch_size", config.gradient_accumulation_steps),
-        (settings, "train_batch_size", "total_batch_size", config.total_batch_size),
-        (settings, "gradient_clipping", "max_grad_norm", config.max_grad_norm),
-        (settings["bf16"], "enabled", "mixed_precision", config.mixed_precision == "bf16"),
-    ):
-        says = f"{file.name} says {key} = {json.dumps(section[key])}, --{owner} makes it {json.dumps(value)}"
-        require(section[key] in ("auto", value), f'{says}: write "auto" in the file')
-        section[key] = value
-    settings["bf16"]["check_grad_overflow"] = True  # else one NaN would end in the weights
-    return settings
-
-
-def start_ranks(minutes):
-    """Joins the other ranks, with a timeout in minutes -> this rank's device."""
-    if "RANK" not in os.environ:  # no launcher: the only rank
-        os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # needs a compiler, gloo does not
-    accelerator = deepspeed.accelerator.get_accelerator()
-    accelerator.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    torch.backends.cuda.enable_cudnn_sdp(False)  # gave NaN gradients with masks (pytorch#196678)
-    with explained(f"the ranks cannot meet at port {os.environ['MASTER_PORT']}, see --master_port", 1):
-        deepspeed.init_distributed(timeout=datetime.timedelta(minutes=minutes), verbose=False)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: stop_requests.append(number))
-    return torch.device(accelerator.current_device_name())
-
-
-def start_engine(config, settings, model, found=None, adam_steps=0):
-    """deepspeed.initialize with AdamW after adam_steps steps, in the state of checkpoint `found`."""
-    offloaded = settings["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
-    adam = deepspeed.ops.adam.DeepSpeedCPUAdam if offloaded else torch.optim.AdamW
-    options = {"lr": 0.0, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
-    options |= {"weight_decay": config.adam_weight_decay} | ({} if offloaded else {"fused": True})
-    optimizer = adam(model.parameters(), **options)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    for group in optimizer.param_groups:  # they now hold this rank's part of the fp32 weights
-        for part in group["params"]:
-            step = adam_steps if offloaded else torch.tensor(float(adam_steps), device=part.device)
-            moments = {name: torch.zeros_like(part) for name in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[part] = {"step": step} | moments
-    engine.optimizer._lazy_init_hp_params_optimizer_state()  # else in the first step, after loading
-    for name, parameter in model.named_parameters() if found else ():
-        for entry, tensor in load_file(found / "state" / f"{name}.safetensors").items():
-            safe_set_full_optimizer_state(parameter, tensor, STATE[entry])  # each rank takes its part
-    return engine
-
-
-def save_checkpoint(engine, config, step, manifest):
-    """Writes checkpoint-<step> aside, the manifest last, renames it, deletes the oldest ones."""
-    folder = Path(config.output_dir)
-    aside = folder / f".checkpoint-{step}.tmp"
-    weights = dict(engine.module.named_parameters())
-    names = sorted(weights, key=lambda name: weights[name].numel())  # so that all ranks write as much
-    for number, name in enumerate(progress(names, "saving", leave=False)):
-        state = {entry: safe_get_full_optimizer_state(weights[name], STATE[entry]) for entry in STATE}
-        with fail_together():
-            if number % WORLD == RANK:
-                write = functools.partial(save_file, {entry: state[entry].cpu() for entry in STATE})
-                write_aside(aside / "state" / f"{name}.safetensors", write)
-    with fail_together():
-        if RANK == 0:
-            if config.upcast_before_saving:
-                weights = {name: load_file(aside / "state" / f"{name}.safetensors")["fp32"] for name in names}
-            weights = {name: weight.detach().cpu() for name, weight in weights.items()}
-            write = functools.partial(save_file, weights, metadata={"format": "pt"})
-            write_aside(aside / "transformer" / "diffusion_pytorch_model.safetensors", write)
-            engine.module.save_config(aside / "transformer")
-            files = {str(f.relative_to(aside)): f.stat().st_size for f in aside.rglob("*") if f.is_file()}
-            text = json.dumps(manifest | {"files": files}, indent=1)
-            write_aside(aside / "manifest.json", lambda path: path.write_text(text))
-            shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)  # a damaged one
-            os.replace(aside, folder / f"checkpoint-{step}")
-            steps = sorted(checkpoints(folder), key=lambda n: (n <= step, n))  # later ones are damaged: first
-            for old in steps[: -config.checkpoints_total_limit] if config.checkpoints_total_limit else ():
-                shutil.rmtree(folder / f"checkpoint-{old}", ignore_errors=True)
-
-
-def checkpoints(folder):
-    """{step: checkpoint-<step>} of a folder, oldest first."""
-    found = {path.name.removeprefix("checkpoint-"): path for path in Path(folder).glob("checkpoint-*")}
-    return {int(step): found[step] for step in sorted(filter(str.isdecimal, found), key=int)}
-
-
-def find_checkpoint(config):
-    """(newest checkpoint whose files have their sizes and readable headers, its manifest), or (None, {})."""
-    present = list(checkpoints(config.output_dir).values())
-    for folder in reversed(present):
-        try:
-            manifest = json.loads((folder / "manifest.json").read_text())
-            for name, size in manifest["files"].items():
-                if (folder / name).stat().st_size != size:
-                    raise ValueError(f"{name} does not have the size it was written with")
-                if name.endswith(".safetensors"):
-                    safe_open(folder / name, "pt")
-            return folder, manifest
-        except (OSError, ValueError, TypeError, LookupError, AttributeError, SafetensorError) as error:
-            log0(f"{folder} is passed over: {error}")
-    require(not present, f"{config.output_dir} holds only damaged checkpoints: move them away")
-    return None, {}
-
-
-def check_same_run(manifest, identity):
-    """Refuses to continue where samples or state would change."""
-    for name, now in identity.items():
-        saved = manifest.get("identity", {}).get(name, now)
-        require(saved == now, f"{name} was {saved} and is {now}: restore it, or take another --output_dir")
-
-
-# === the loop ===
-class Log:
-    """metrics.jsonl, tracker and progress bar of rank 0."""
-
-    def __init__(self, config, start, steps):
-        self.folder = Path(config.output_dir)
-        self.bar = progress(None, "training", total=steps, initial=start)
-        self.report_to = config.report_to if RANK == 0 else "none"
-        self.tracker = None
-        file = self.folder / "metrics.jsonl"
-        if RANK == 0 and file.exists():  # rows past `start`, of an interrupted run, are dropped
-            lines = [line for line in file.read_text().splitlines(True) if line.endswith("}\n")]
-            kept = [line for line in lines if json.loads(line)["step"] <= (start or -1)]
-            write_aside(file, lambda path: path.write_text("".join(kept)))
-
-    def write(self, kind, step, figures, picture=None):
-        """Writes a row of figures, kind "train" or "probe", and shows its numbers."""
-        with fail_together():
-            if RANK == 0:
-                with open(self.folder / "metrics.jsonl", "a") as file:
-                    file.write(json.dumps({"step": step} | figures) + "\n")
-        numbers = {name: value for name, value in figures.items() if isinstance(value, (int, float))}
-        self.bar.set_postfix({n: numbers[n] for n in ("loss", "control_gain") if n in numbers}, refresh=False)
-        self.bar.update(step - self.bar.n)
-        if self.report_to == "none":
-            return
-        try:
-            if self.tracker is None:
-                if self.report_to != "tensorboard":  # wandb reads along
-                    importlib.import_module("wandb").init(sync_tensorboard=True)
-                tensorboard = importlib.import_module("torch.utils.tensorboard")
-                self.tracker = tensorboard.SummaryWriter(self.folder / "logs")
-            for name, value in numbers.items():
-                self.tracker.add_scalar(f"{kind}/{name}", value, step)
-            if picture:
-                image = VaeImageProcessor.pil_to_numpy(Image.open(self.folder / picture))
-                self.tracker.add_images("validation", image, step, dataformats="NHWC")
-            self.tracker.flush()
-        except Exception as error:  # of any kind: no network, no disk, no login
-            log0(f"--report_to {self.report_to}: {error}; the run goes on without this tracker")
-            self.report_to = "none"
-
-
-def train_step(engine, shared, batches, config, rate):
-    """One optimizer step -> (mean loss, gradient norm, whether to stop), the same on all ranks."""
-    losses = []
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate
-    for _ in range(config.gradient_accumulation_steps):
-        loss = batch_loss(engine, shared, next(batches))
-        engine.backward(loss)
-        engine.step()  # acts after the last micro-batch, if all gradients are finite
-        losses.append(loss.detach())
-    if not engine.was_step_applied():  # with offloading DeepSpeed 0.19.8 keeps the sum of these gradients
-        sums = getattr(engine.optimizer, "averaged_gradients", {})
-        sums.update(dict.fromkeys(sums))
-    figures = torch.stack([torch.stack(losses).mean() / WORLD, loss.new_tensor(float(bool(stop_requests)))])
-    dist.all_reduce(figures)
-    loss, stops = figures.tolist()  # waits for the device: the clock is true
-    return loss, float(engine.get_global_grad_norm()), stops > 0
-
-
-def train(engine, stream, shared, base, identity, start, steps, skipped):
-    """Optimizer steps start + 1 ... steps with evaluations and checkpoints."""
-    config = stream.config
-    unused = torch.optim.SGD([torch.zeros(1)])  # get_scheduler wants an optimizer
-    options = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": steps}
-    schedule = diffusers.optimization.get_scheduler(config.lr_scheduler, unused, **options).lr_lambdas[0]
-    log = Log(config, start, steps)
-    watch = functools.partial(faulthandler.dump_traceback_later, 60 * config.timeout_minutes, exit=True)
-    watch()  # if a rank hangs, all print their stacks and end
-    in_a_row = 0
-
-    def evaluate(step):
-        picture = validate(engine.module, shared, stream, base, step)
-        log.write("probe", step, probe(engine.module, shared, stream), picture)
-
-    if start == 0:
-        evaluate(0)
-    numbers = itertools.count(start * config.gradient_accumulation_steps)
-    load = functools.partial(stream.micro_batch, shared["original_size"].device)
-    with contextlib.closing(prefetch(load, numbers, config.dataloader_num_workers)) as batches:
-        for step in range(start + 1, steps + 1):
-            watch()
-            rate = config.learning_rate * schedule(step - 1)
-            clock = time.perf_counter()
-            loss, norm, stop = train_step(engine, shared, batches, config, rate)
-            speed = config.total_batch_size / (time.perf_counter() - clock)
-            in_a_row = 0 if engine.was_step_applied() else in_a_row + 1
-            skipped += in_a_row > 0
-            figures = {"samples": step * config.total_batch_size, "loss": loss, "lr": rate}
-            figures |= {"grad_norm": norm, "samples_per_s": speed, "skipped": skipped}
-            figures = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-            log.write("train", step, figures)
-            require(in_a_row < 10, "10 steps in a row without finite gradients", 1)
-            if step % config.validation_steps == 0 or step == steps:
-                evaluate(step)
-            if step % config.checkpointing_steps == 0 or step == steps or stop:
-                manifest = {"step": step, "steps": steps, "samples": figures["samples"], "skipped": skipped}
-                save_checkpoint(engine, config, step, manifest | {"identity": identity})
-            if stop and step < steps:
-                raise Failure(f"stopped by a signal after step {step}; the same command continues there", 75)
-    faulthandler.cancel_dump_traceback_later()
-
-
-# === the plan ===
-def cards_of(config):
-    """Cards of --plan_for, or those that are here."""
-    if config.plan_for:
-        number, _, name = config.plan_for.partition("x")
-        known = number.isdecimal() and int(number) > 0 and name in CARDS
-        require(known, f"--plan_for {config.plan_for}: must be a number, x, and one of {', '.join(CARDS)}")
-        return Cards(int(number), name, *CARDS[name])
-    if not torch.cuda.is_available():
-        return Cards(WORLD, "CPU", math.inf, 0)
-    device = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", 0)))
-    flops = [flops for card, (_, flops) in CARDS.items() if card.split("-")[0] in device.name]
-    return Cards(WORLD, device.name, device.total_memory, max(flops, default=0))
-
-
-def cost_of_step(config, zero, model, cards, tokens):
-    """({choice of --recompute: {part: bytes of a card at the peak of a step}}, FLOP of a sample)."""
-    size = 2 if config.mixed_precision == "bf16" else 4
-    weights = model.num_parameters()
-    blocks = len(model.transformer_blocks)
-    width = model.config.num_attention_heads * model.config.attention_head_dim
-    sequence = (config.resolution // PIXELS_PER_TOKEN) ** 2 + tokens
-    offloaded = zero["offload_optimizer"]["device"] == "cpu"
-    # The block in its backward pass has all 22 tensors of (batch, tokens, width), and 4 for the gradient of
-    # gelu; three gradients of its weights, 4 D x D each, wait to be summed. The others have what they keep.
-    tensor = size * config.train_batch_size * sequence * width
-    held = {choice: (blocks - 1) * kept + 22 + 4 for choice, kept in RECOMPUTE.items()}
-    memory = {
-        "weights": size * weights,
-        "gradients": 4 * weights / (cards.number if zero["stage"] == 2 else 1),
-        "buckets": zero["reduce_bucket_size"] * (2 * size + 4),
-        "optimizer": 0 if offloaded else 12 * weights / cards.number,  # fp32 weights and Adam's moments
-    }
-    costs = {c: memory | {"activations": n * tensor + 12 * size * width**2} for c, n in held.items()}
-    return costs, 12 * blocks * width * sequence * (6 * width + sequence)  # nothing repeated
-
-
-def fit_engine(config, settings, model, cards, tokens):
-    """Replaces each "auto": returns config, changes settings in place -> (config, *cost_of_step)."""
-    zero = settings["zero_optimization"]
-    asked = zero["reduce_bucket_size"]
-    asked = min(model.num_parameters(), 50_000_000) if asked == "auto" else asked  # small models: one bucket
-    # DeepSpeed 0.19.8 may free a gradient larger than a bucket before it has been sent (reduce_ipg_grads).
-    zero["reduce_bucket_size"] = max(asked, *(parameter.numel() for parameter in model.parameters()))
-    asked = zero["offload_optimizer"]["device"]
-    devices = ["none", "cpu"] if asked == "auto" else [asked]
-    fastest_first = list(RECOMPUTE) if math.isfinite(cards.memory) else ["all"]
-    choices = fastest_first if config.recompute == "auto" else [config.recompute]
-    for device, choice in itertools.product(devices, choices):  # offloading costs more than recomputing
-        zero["offload_optimizer"]["device"] = device
-        costs, flops = cost_of_step(config, zero, model, cards, tokens)
-        if sum(costs[choice].values()) <= USABLE * cards.memory:
-            break  # else the last ones stand, for claim() to refuse
-    return dataclasses.replace(config, recompute=choice), costs, flops
-
-
-def print_plan(config, zero, rows, steps, start, weights, cards, costs, flops):
-    """Prints what a run takes, by arithmetic; weights: their number; costs, flops: see cost_of_step."""
-    total = config.total_batch_size
-    saved = weights * (16 if config.upcast_before_saving or config.mixed_precision == "no" else 14)
-    encoded = 8 * rows * LATENT_CHANNELS * (config.resolution // PIXELS_PER_LATENT) ** 2
-    parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in costs[config.recompute].items())
-    sums = {choice: sum(memory.values()) / 1e9 for choice, memory in costs.items()}
-    if zero["offload_optimizer"]["device"] == "cpu":
-        parts += f"; of the hosts at least {18 * weights / 1e9:.0f} GB"  # fp32 gradients, bf16 weights, too
-    print(f"""\
-engine  {config.deepspeed_config or "the shipped ds_config.json"}, ZeRO stage {zero["stage"]}
-rows    {rows}, of which at most a tenth is held out
-encode  {2 * rows} pictures and {rows + 1} captions, less what is there
-steps   {steps} of {total} samples, {steps * total / rows:.1f} epochs; {start} are done
-memory  {sums[config.recompute]:.1f} of {USABLE * cards.memory / 1e9:.0f} usable GB, {cards.name}: {parts}
-        --recompute {config.recompute}; GB with {", ".join(f"{c} {size:.1f}" for c, size in sums.items())}
-disk    {saved / 1e9:.1f} GB a checkpoint, {encoded / 1e9:.1f} GB of encoded pictures""")
-    if cards.flops and config.mixed_precision == "bf16":
-        seconds = total * flops / (cards.number * cards.flops * UTILISATION)
-        hours = seconds * (steps - start) / 3600
-        print(f"time    {seconds:.1f} s a step, {hours:.1f} hours, at {UTILISATION:.0%} of the cards' peak")
+        yield aside
+        aside.chmod(0o644)  # safetensors creates files that only their owner can read
+        os.replace(aside, file)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 # === main ===
+
+
 def find_base(config, weights):
-    """Folder of the base, with its weights or without, downloaded if need be."""
+    """(folder of the base, folder of the transformer to start from), with weights or without."""
     name = config.pretrained_model_name_or_path
-    patterns = ["*.json", "*.txt", "*.model"] + ["*.safetensors"] * weights
-    with explained(f"--pretrained_model_name_or_path {name}"):
-        here = Path(name).is_dir()
-        base = Path(name if here else huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    with explained(f"--pretrained_model_name_or_path {name}", OSError, ValueError, LookupError):
+        base = Path(name)
+        if not base.is_dir():
+            patterns = ["*.json", "*.txt", "*.model"] + ["*.safetensors"] * weights
+            base = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
         kind = json.loads((base / "model_index.json").read_text())["_class_name"]
-        parts = [base / part for part in ("text_encoder", "vae", "transformer") if weights]
-        if not kind.startswith("CogView4") or not all(any(part.glob("*.safetensors")) for part in parts):
-            raise ValueError("must hold text encoder, VAE and transformer of CogView4 as safetensors")
-    return base
+        require(kind.startswith("CogView4"), f"is a {kind}, not of CogView4")
+        for file, values in COGVIEW4.items():
+            check_values(base / file, values)
+        for part in ("text_encoder", "vae", "transformer") if weights else ():
+            require(any((base / part).glob("*.safetensors")), f"has no safetensors in {part}")
+    start_from = Path(config.transformer or base / "transformer")
+    with explained(f"--transformer {start_from}"):
+        check_values(start_from / "config.json", COGVIEW4["transformer/config.json"])
+        require(not weights or any(start_from.glob("*.safetensors")), "has no safetensors")
+    return base, start_from
 
 
-def push(config, repository, steps):
-    """Uploads weights, figures, the last picture and a model card."""
-    folder = Path(config.output_dir)
-    picture = f"validation/step-{steps}.png"
-    data = config.jsonl_for_train or config.dataset_name
-    about = f"{config.pretrained_model_name_or_path} as a control model: {steps} steps of "
-    about += f"{config.total_batch_size} samples of {data} at {config.resolution} px. ![pictures]({picture})"
-    (folder / "README.md").write_text(f"---\nlibrary_name: diffusers\n---\n{about}\n")
-    files = ["README.md", "config.json", "diffusion_pytorch_model.safetensors", "metrics.jsonl", picture]
-    by_hand = f"hf upload {repository} '{folder}' . " + " ".join(f"--include={file}" for file in files)
-    with explained(f"the weights are in {folder}; `{by_hand}` uploads them", 1):
-        huggingface_hub.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=files)
+def check_values(file, values):
+    """Fails where a config file says another thing than these values."""
+    found = json.loads(file.read_text())
+    for name, value in values.items():
+        says = f"{file.parent.name}/{file.name} says {name} = {found.get(name)}"
+        allowed = value if isinstance(value, tuple) else (value,)
+        require(found.get(name) in allowed, f"{says}, CogView4-6B has {allowed[0]}")
 
 
-def count_steps(config, rows):
-    """Optimizer steps of a run. Raises Failure where the rows do not fill one global batch."""
-    require(rows >= config.total_batch_size, f"{rows} rows do not fill a batch of {config.total_batch_size}")
-    return config.max_train_steps or math.ceil(config.num_train_epochs * rows / config.total_batch_size)
-
-
-def fine_tune(config, settings, cards, base, rows, found, manifest, identity):
-    """Encodes, trains, puts the weights into output_dir -> optimizer steps."""
-    folder = Path(config.output_dir)
-    device = start_ranks(1.5 * config.timeout_minutes)  # the watch of train() is faster
-    same_folder = all(all_gather_objects((folder / ".lock").exists()))  # rank 0 has made it
-    require(same_folder, f"--output_dir {folder}: all machines must share it")
-    encoded = encode(config, base, rows, device)
-    identity |= {"training data": f"{len(encoded.train)} rows, digest {digest(*encoded.train)}"}
-    check_same_run(manifest, identity)
-    start = manifest.get("step", 0)
-    skipped = manifest.get("skipped", 0)
-    steps = count_steps(config, len(encoded.train))
-    if manifest.get("steps", steps) != steps:
-        log0(f"the schedule was made for {manifest['steps']} steps, now it is for {steps}")
-    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-    model = load_transformer((found or base) / "transformer", dtype, device)
-    recompute(model, config.recompute)
-    shared = prepare(model, config.resolution, device, dtype)
-    engine = start_engine(config, settings, model, found, start - skipped)
-    with fail_together():
-        if RANK == 0:
-            commit = os.popen(f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null").read().strip()
-            versions = {package.__name__: package.__version__ for package in (torch, deepspeed, diffusers)}
-            run = {"command": sys.argv, "config": dataclasses.asdict(config), "deepspeed": settings}
-            run |= {"commit": commit, "versions": versions, "hardware": cards.name, "ranks": WORLD}
-            write_aside(folder / "run.json", lambda path: path.write_text(json.dumps(run, indent=1)))
-    train(engine, Stream(config, encoded, RANK, WORLD), shared, base, identity, start, steps, skipped)
-    with fail_together():
-        if RANK == 0:
-            for old in folder.glob("diffusion_pytorch_model*"):  # shards of another program's run
-                old.unlink()
-            last = folder / f"checkpoint-{max(start, steps)}"
-            shutil.copytree(last / "transformer", folder, dirs_exist_ok=True)
-    return max(start, steps)
-
-
-def claim(config, settings, model, cards, memory):
-    """Checks what only a real run needs, and locks output_dir -> (hub repository, base with weights)."""
-    require(cards.name != "CPU" or model.num_parameters() < 1e9, "PyTorch finds no GPU; see --plan_for")
+def check_machine(config, settings, transformer, cards, memory):
+    """Checks what only a real run needs; memory: {part: bytes} of a step."""
+    large = transformer.num_parameters() > 1e9
+    require(cards.name != "CPU" or not large, "PyTorch finds no GPU")
     share = sum(memory.values()) / (USABLE * cards.memory)
-    require(share <= 1, f"a step takes {share:.0%} of a card's usable memory: see --train_batch_size")
+    require(share <= 1, f"a step takes {share:.0%} of a card's memory: see --train_batch_size")
     offloaded = settings["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
-    require(not offloaded or shutil.which("g++"), "DeepSpeed needs g++ for an optimizer on the host")
+    compiles = not offloaded or shutil.which("g++")
+    require(compiles, "DeepSpeed needs g++ for an optimizer on the host")
     if config.control != "column":
         load_detector(config.control)
-    repository = config.hub_model_id or Path(config.output_dir).name
-    if config.push_to_hub:  # before anything is paid for
-        with explained("--push_to_hub (log in with `hf auth login`, or set HF_TOKEN)"):
-            repository = huggingface_hub.create_repo(repository, exist_ok=True).repo_id
-    base = find_base(config, weights=True)
-    with explained(f"--output_dir {config.output_dir}, perhaps in use by another run"):
-        for folder in map(Path, (config.encoded_dir, config.output_dir)):
-            require(folder.exists() or not folder.is_symlink(), f"{folder} is a link to nothing")
-            folder.mkdir(parents=True, exist_ok=True)
-        if RANK == 0:
-            claim.lock = open(folder / ".lock", "a")  # stays open until this process ends
-            fcntl.flock(claim.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for left in folder.glob(".checkpoint-*.tmp"):
-                shutil.rmtree(left)
-    return repository, base
+
+
+def lock_folders(config):
+    """Makes the folders and locks output_dir -> the open lock."""
+    folder = Path(config.output_dir)
+    for path in (config.encoded_dir, config.output_dir):
+        with explained(path, OSError):
+            Path(path).mkdir(parents=True, exist_ok=True)
+    if RANK > 0:
+        return None
+    with explained(f"--output_dir {folder}, perhaps in use by another run", OSError):
+        lock = open(folder / ".lock", "a")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for left in folder.glob(".checkpoint-*.tmp"):  # of a run that was killed
+            shutil.rmtree(left)
+    return lock
 
 
 def run(config):
-    """From the flags to trained weights, or to the plan."""
+    """The story of a run."""
+    # Check what can be checked, and decide what is left to decide.
     check(config)
-    cards = cards_of(config)
+    cards = cards_of()
     config = resolve(config, cards.number)
     settings = engine_settings(config)
-    found, manifest = find_checkpoint(config)
-    identity = {name: getattr(config, name) for name in IDENTITY}
+    checkpoint, manifest = find_checkpoint(config.output_dir)
+    kept = [one.name for one in fields(config) if one.metadata.get("kept")]
+    identity = {name: getattr(config, name) for name in kept}
     check_same_run(manifest, identity)
-    base = find_base(config, weights=False)
+    base, start_from = find_base(config, weights=False)
     rows = open_dataset(config)
-    steps = count_steps(config, len(rows) - min(config.probe_samples, len(rows) // 10))
-    model = load_transformer(base / "transformer")
-    longest = config.max_sequence_length
-    with contextlib.suppress(UnicodeDecodeError):  # of a bad row, which encoding will name
-        column = config.caption_column
-        texts = [row.get(column) for row in rows] if config.jsonl_for_train else rows[column][:]
-        texts = sorted((str(text).encode(errors="replace") for text in texts), key=len)[-1000:]  # the longest
-        tokenizer = transformers.AutoTokenizer.from_pretrained(base / "tokenizer")
-        tokens = tokenizer([text.decode() for text in texts])["input_ids"]
-        longest = 16 * math.ceil(min(longest, max(map(len, tokens))) / 16)
-    config, costs, flops = fit_engine(config, settings, model, cards, longest)
+    transformer = empty_transformer(start_from)
+    tokens = longest_caption(config, base, rows)
+    config, settings, costs, flops = fit_engine(config, settings, transformer, cards, tokens)
     if RANK == 0:
-        counts = (len(rows), steps, manifest.get("step", 0), model.num_parameters())
-        print_plan(config, settings["zero_optimization"], *counts, cards, costs, flops)
-    if config.dry_run or config.plan_for:
+        numbers = len(rows), manifest.get("step", 0), transformer.num_parameters()
+        print_plan(config, settings["zero_optimization"], cards, *numbers, costs, flops)
+    if config.dry_run:
         return
-    repository, base = claim(config, settings, model, cards, costs[config.recompute])
-    steps = fine_tune(config, settings, cards, base, rows, found, manifest, identity)
+
+    # Prepare.
+    check_machine(config, settings, transformer, cards, costs[config.recompute])
+    base, start_from = find_base(config, weights=True)
+    lock = lock_folders(config)
+    device = start_ranks(1.5 * config.timeout_minutes)  # the watch of train() is faster
+    folder = Path(config.output_dir)
+    shared = all(all_gather_objects((folder / ".lock").exists()))  # rank 0 has made it
+    require(shared, f"--output_dir {folder}: all machines must share it")
+
+    # Encode.
+    encoded = encode(config, base, rows, device)
+    identity["training data"] = f"{len(encoded.train)} rows, digest {digest(*encoded.train)}"
+    check_same_run(manifest, identity)
+    require(encoded.train, "there are no rows to train on")
+    steps = config.max_train_steps
+    if manifest.get("steps", steps) != steps:
+        say(f"the schedule was made for {manifest['steps']} steps, now it is for {steps}")
+
+    # Train.
+    state = TrainState(*(manifest[name] for name in ("step", "skipped", "evaluated") if manifest))
+    dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    start_from = checkpoint / "transformer" if checkpoint else start_from
+    transformer = load_transformer(start_from, dtype, device)
+    recompute(transformer, config.recompute)
+    engine = start_engine(config, settings, transformer, checkpoint, state.step - state.skipped)
+    with fail_together():
+        if RANK == 0:
+            git = f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null"
+            packages = torch, deepspeed, diffusers
+            about = {"command": sys.argv, "config": asdict(config)}
+            about |= {"deepspeed": settings, "commit": os.popen(git).read().strip()}
+            about["versions"] = {package.__name__: package.__version__ for package in packages}
+            about |= {"hardware": cards.name, "ranks": WORLD}
+            with atomic(folder / "run.json") as aside:
+                aside.write_text(json.dumps(about, indent=1))
+    train(engine, Stream(config, encoded, RANK, WORLD), base, identity, state, steps)
+
+    # Leave the final weights where the example leaves them.
+    with fail_together():
+        if RANK == 0:
+            for old in folder.glob("diffusion_pytorch_model*"):  # perhaps shards
+                old.unlink()
+            last = folder / f"checkpoint-{max(state.step, steps)}" / "transformer"
+            for file in last.iterdir():
+                with atomic(folder / file.name) as aside:
+                    shutil.copyfile(file, aside)
+            lock.close()
+            print(f"done: weights and pictures in {folder}")
     dist.destroy_process_group()
-    if RANK == 0:
-        if config.push_to_hub:
-            push(config, repository, steps)
-        print(f"done: weights and pictures in {config.output_dir}")
 
 
 def main(argv=None):
-    """Runs the command line; a Failure becomes one line on stderr and the exit code."""
+    """A Failure is a line on stderr and an exit code."""
     try:
         run(parse(argv))
     except Failure as end:
-        met = dist.is_initialized()  # then ranks fail together, and rank 0 speaks for all
+        met = dist.is_initialized()  # then rank 0 speaks for all
         if RANK > 0 and not met:
-            time.sleep(5)  # rank 0 usually reports the same; then the launcher stops this rank
+            time.sleep(5)  # rank 0 usually says the same, and ends the run
         if RANK == 0 or not met:
             tqdm.write(f"cv4ctrl.py: {end}", file=sys.stderr)
         if met:
-            dist.destroy_process_group()  # else gloo sometimes aborts, which changes the exit code
+            dist.destroy_process_group()  # else gloo sometimes aborts
         sys.exit(end.code)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bash run.sh demo [flags]         fine-tune the tiny base of tests/base in demo/; needs no GPU
+# bash run.sh demo [flags]         fine-tune the tiny base of tests/demo/base in demo/; needs no GPU
 # bash run.sh test [pytest flags]  run the tests
 # bash run.sh [flags]              the recipe: CogView4-6B, all GPUs, 8 samples a card, 128 a step
 #
@@ -46,15 +46,15 @@ demo)
   case " $*" in *" --output"*) die "the output of the demo is demo/run" ;; esac
   find_python
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # in small products more threads mostly wait for each other
-  flags=(--pretrained_model_name_or_path "$here/tests/base" --dataset_name "$here/demo/data"
+  flags=(--pretrained_model_name_or_path "$here/tests/demo/base" --dataset_name "$here/demo/data"
     --encoded_dir "$here/demo/encoded" --output_dir "$here/demo/run" --resolution 64 --mixed_precision no
-    --no_gradient_checkpointing --train_batch_size 24 --max_train_steps 580 --learning_rate 1.8e-2 --adam_beta2 0.97
+    --recompute none --train_batch_size 24 --max_train_steps 580 --learning_rate 1.8e-2 --adam_beta2 0.97
     --lr_warmup_steps 30 --checkpointing_steps 290 --validation_steps 145 --num_inference_steps 20
     --guidance_scale 1 --dataloader_num_workers 1 "$@")
-  "$python" "$here/tests/tiny.py" "$here/demo" # makes demo/data if it is missing
+  "$python" "$here/tests/demo/tiny.py" "$here/demo" # makes demo/data if it is missing
   look=(env RANK=0 WORLD_SIZE="${NUM_GPUS:-1}" "$python" "$here/cv4ctrl.py" "${flags[@]}"
     --output_dir "$here/demo/next" --dry_run) # as if nothing had run before
-  case " $*" in *" --help"* | *" -h"* | *" --dry"* | *" --plan"*) exec "${look[@]}" ;; esac
+  case " $*" in *" --help"* | *" -h"* | *" --dry"*) exec "${look[@]}" ;; esac
   "${look[@]}" >/dev/null # nothing is moved for a wrong flag, nor away from a run at work
   lock=$here/demo/run/.lock
   [ ! -e "$lock" ] || flock --nonblock "$lock" true || die "another run is at work in demo/run"
@@ -67,7 +67,7 @@ demo)
   trap 'kill -TERM -- -$!' TERM INT
   while wait $! && code=0 || code=$?; kill -0 -- -$! 2>/dev/null; do sleep 0.2; done
   [ "$code" = 0 ] || exit "$code"
-  "$python" "$here/tests/progress.py" "$here/demo/run" "$here/demo/progress.png"
+  "$python" "$here/tests/demo/progress.py" "$here/demo/run" "$here/demo/progress.png"
   echo "run.sh: the run is in demo/run, its pictures side by side in demo/progress.png"
   exit
   ;;

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+HERE = Path(__file__).parent
+sys.path[:0] = map(str, (HERE.parent, HERE / "demo", HERE / "bench"))
 import cv4ctrl  # noqa: E402
 import tiny  # noqa: E402
 

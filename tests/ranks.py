@@ -110,6 +110,15 @@ def launch(world, *jobs, **options):
     return results
 
 
+def until(seen, pids=(), seconds=100):
+    """Waits until seen() is true; not for ever, nor for processes that have ended."""
+    end = time.monotonic() + seconds
+    while not seen():
+        ended = [pid for pid in pids if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE]
+        assert not ended and time.monotonic() < end, f"{ended} ended" if ended else f"not seen in {seconds} s"
+        time.sleep(0.01)
+
+
 def rows(folder):
     """Rows of training in metrics.jsonl, none if there is no such file."""
     lines = [line for file in Path(folder).glob("metrics.jsonl") for line in file.read_text().splitlines()]
@@ -119,6 +128,12 @@ def rows(folder):
 def weights(folder):
     """Tensors of the safetensors files of a folder, by name."""
     return {name: tensor for file in Path(folder).glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def state(checkpoint):
+    """Tensors of a checkpoint's state, by parameter and entry."""
+    files = Path(checkpoint, "state").glob("*.safetensors")
+    return {(file.stem, entry): tensor for file in files for entry, tensor in load_file(file).items()}
 
 
 def same(a, b, tolerance=None):
@@ -167,13 +182,13 @@ def gradients(argv, file):
     """Gradients of the first global batch, as the real engine accumulates and reduces them over the ranks -> `file`."""
     import cv4ctrl
 
-    def train(engine, stream, shared, *_):
+    def train(engine, stream, *_):
         assert engine.module.is_gradient_checkpointing  # which auto means where the memory is unknown
+        model = cv4ctrl.VelocityModel(engine, stream.config.resolution)
         for turn in range(stream.config.gradient_accumulation_steps):
-            batch = stream.micro_batch(shared["original_size"].device, turn)
             if turn > 0:
                 engine.step()
-            engine.backward(cv4ctrl.batch_loss(engine, shared, batch))
+            engine.backward(cv4ctrl.flow_matching_loss(model, stream.micro_batch(model.device, turn)))
         full = sys.modules["deepspeed"].utils.safe_get_full_grad  # collective
         found = {name: full(parameter).clone().contiguous() for name, parameter in engine.module.named_parameters()}
         if cv4ctrl.RANK == 0:
@@ -186,7 +201,7 @@ def gradients(argv, file):
 if __name__ == "__main__":
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print while they are imported is no answer
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent / "demo")]
     for module in PRELOADED:
         importlib.import_module(module)
     gc.freeze()

@@ -1,4 +1,4 @@
-"""tests/bench.py: every section gives its rows, and figures are of what they are called after."""
+"""tests/bench/bench.py: every section gives its rows, and figures are of what they are called after."""
 
 import pytest
 

@@ -4,7 +4,10 @@ import io
 import json
 import os
 import random
+import re
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -21,12 +24,13 @@ DEEP = np.linspace(0, 65535, 64)[None].repeat(64, 0)
 
 
 @pytest.fixture()
-def read(config):
-    """Reads row 0 of some rows -> (pixels by use, what is wrong)."""
+def read(config, base):
+    """Reads the only row of a data set -> (pixels of target and control, or None; what is wrong with it)."""
 
     def run(row, **options):
-        found, wrong, parts = cv4ctrl.read_row(config(**options), "pictures", "captions", {}, [row], 0)
-        return [parts[key] for key in (found.image, found.control)] if found else None, wrong
+        reader = cv4ctrl.Reader(config(**options), base, [row], set())
+        found, remarks, contents = reader.read(0)
+        return [contents[key] for key in (found.image_key, found.control_key)] if found else None, "".join(remarks)
 
     return run
 
@@ -77,25 +81,30 @@ def test_transparency_is_white_in_a_target_and_refused_in_a_control(kind, read):
     assert pixels[0].equal(pixels[1])
 
 
-def row_of(id, image, control):
-    return cv4ctrl.Row(id, f"image {image}", f"control {control}", "caption")
+def pictures(rows):
+    return {picture for row in rows for picture in (row.image_key, row.control_key)}
 
 
 @pytest.mark.parametrize("rows", [
     [(n // 5, n // 5) for n in range(200)],  # five captions a picture
     [(n % 40, n % 40) for n in range(200)],  # a set that is listed five times
     [(n, n // 3) for n in range(200)], [(n // 3, n) for n in range(200)],  # one control for three images, and back
+    [(n % 80, n // 80 % 80) for n in range(100_000)],  # few pictures in many rows
 ])  # fmt: skip
 def test_whole_pictures_are_held_out_with_controls_that_differ(rows):
-    rows = [row_of(id, *pair) for id, pair in enumerate(rows)]
+    rows = [cv4ctrl.Row(n, f"image {image}", f"control {control}", "a") for n, (image, control) in enumerate(rows)]
     train, held_out = cv4ctrl.hold_out(rows, 32)
-    trained_on = {picture for row in train for picture in (row.image, row.control)}
-    assert len(held_out) >= 4 and len(train) >= 0.9 * len(rows)
-    assert not trained_on & {picture for row in held_out for picture in (row.image, row.control)}
-    assert len({row.control for row in held_out}) == len({row.image for row in held_out}) == len(held_out)
-    shuffled = random.Random(0).sample(rows, len(rows))
-    assert {row.image for row in cv4ctrl.hold_out(shuffled, 32)[1]} == {row.image for row in held_out}
+    assert 4 <= len(held_out) <= 32 and len(train) >= 0.9 * len(rows)
+    assert not pictures(train) & pictures(held_out) and len(pictures(held_out)) == 2 * len(held_out)
+    shuffled = [replace(row, index=n) for n, row in enumerate(random.Random(0).sample(rows, len(rows)))]
+    assert {row.image_key for row in cv4ctrl.hold_out(shuffled, 32)[1]} == {row.image_key for row in held_out}
     assert [len(part) for part in cv4ctrl.hold_out(rows, 0)] == [len(rows), 0]
+
+
+def test_many_rows_of_few_pictures_are_counted_and_not_compared():
+    """Each shares a picture with 11,000 others, too many to hold it out. Comparing them would take minutes."""
+    rows = [cv4ctrl.Row(n, f"image {n % 17}", f"control {n // 17 % 17}", "a") for n in range(100_000)]
+    assert cv4ctrl.hold_out(rows, 32) == (rows, [])
 
 
 def test_where_nothing_can_be_held_out_a_line_says_so(config, base, device, capsys, tmp_path):
@@ -104,7 +113,7 @@ def test_where_nothing_can_be_held_out_a_line_says_so(config, base, device, caps
             for a, b, text in tiny.make_rows(8) * 5]  # fmt: skip
     encoded = cv4ctrl.encode(config(encoded_dir=tmp_path), base, rows, device)
     assert len(encoded.train) == 40 and not encoded.held_out
-    assert "fewer than two controls can be held out" in capsys.readouterr().err
+    assert "can be held out: control_gain is not measured" in capsys.readouterr().err
 
 
 def parquet(folder, count, start=0):
@@ -119,16 +128,16 @@ def captions(config, folder, **options):
 
 
 def test_a_folder_of_parquet_files_is_read_whole(config, tmp_path, capsys):
-    parquet(tmp_path / "some named" / "train", 20)
-    parquet(tmp_path / "some named" / "more", 60, 20)
-    assert captions(config, tmp_path / "some named") == list(range(80)) and "left out" not in capsys.readouterr().err
+    parquet(tmp_path / "rows" / "0000", 20)
+    parquet(tmp_path / "rows" / "more" / "0000", 60, 20)
+    assert captions(config, tmp_path / "rows") == list(range(80)) and "taking" not in capsys.readouterr().err
 
 
 def test_of_named_splits_train_is_taken_and_the_others_are_named(config, tmp_path, capsys):
     parquet(tmp_path / "splits" / "train-00000-of-00001", 20)
     parquet(tmp_path / "splits" / "test-00000-of-00001", 60, 20)
     assert captions(config, tmp_path / "splits") == list(range(20))
-    assert "split train is taken, test left out" in capsys.readouterr().err
+    assert "taking split train, not test" in capsys.readouterr().err
     parquet(tmp_path / "alone" / "test", 20)
     assert captions(config, tmp_path / "alone") == list(range(20))
     parquet(tmp_path / "none" / "test", 20)
@@ -142,7 +151,7 @@ def test_what_save_to_disk_leaves_is_loaded(config, tmp_path, capsys):
     rows.save_to_disk(tmp_path / "one")
     datasets.DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "two")
     assert captions(config, tmp_path / "one") == captions(config, tmp_path / "two") == [0, 1, 2, 3, 4]
-    assert "test left out" in capsys.readouterr().err
+    assert "not test" in capsys.readouterr().err
 
 
 def picture_folder(folder, relative=False):
@@ -156,18 +165,19 @@ def picture_folder(folder, relative=False):
         Image.new("RGB", (64, 64), (0, n + 1, 0)).save(folder / f"{n}-control.png")
 
 
-def test_brackets_in_paths(config, tmp_path):
-    parquet(tmp_path / "data [v2]" / "train", 20)
-    picture_folder(tmp_path / "pictures [v2]*")
-    (tmp_path / "[v2].jsonl").write_text('{"image": "a", "conditioning_image": "b", "text": "7"}')
-    assert captions(config, tmp_path / "data [v2]") == list(range(20))
-    assert captions(config, tmp_path / "data [v2]" / "train.parquet") == list(range(20))
-    assert captions(config, tmp_path / "pictures [v2]*") == [0, 1]
-    assert captions(config, None, jsonl_for_train=tmp_path / "[v2].jsonl") == [7]
+@pytest.mark.parametrize("name", ["data [v2]", "data*", "data?"])
+def test_paths_that_datasets_takes_for_patterns_are_refused(name, config, flags, refused, tmp_path):
+    """They stand for other files, too. JSON lines are read without it."""
+    parquet(tmp_path / name / "train", 20)
+    for path in (tmp_path / name, tmp_path / name / "train.parquet"):
+        line = refused(flags(tmp_path / "out", dataset_name=path))
+        assert line.startswith(f"cv4ctrl.py: data set {path}: rename the path")
+    (tmp_path / f"{name}.jsonl").write_text('{"image": "a", "conditioning_image": "b", "text": "7"}')
+    assert captions(config, None, jsonl_for_train=tmp_path / f"{name}.jsonl") == [7]
 
 
 @pytest.mark.parametrize("form", ["parquet", "file", "metadata", "saved"])
-def test_relative_paths_belong_to_the_data_set_and_not_to_the_working_folder(form, config, tmp_path, monkeypatch):
+def test_relative_paths_belong_to_the_data_set_and_not_to_the_working_folder(form, config, base, tmp_path, monkeypatch):
     picture_folder(tmp_path / "data", relative=True)
     paths = [{"image": f"../{n}.png", "conditioning_image": f"../{n}-control.png"} for n in range(2)]
     rows = datasets.Dataset.from_list([row | {"text": "a"} for row in paths])
@@ -187,37 +197,38 @@ def test_relative_paths_belong_to_the_data_set_and_not_to_the_working_folder(for
     here = config(dataset_name=name)
     opened = cv4ctrl.open_dataset(here)
     for id in range(2):
-        row, wrong, parts = cv4ctrl.read_row(here, "pictures", "captions", {}, opened, id)
-        assert not wrong and parts[row.control][0, 1].max() < 0.5, wrong
+        row, wrong, contents = cv4ctrl.Reader(here, base, opened, set()).read(id)
+        assert not wrong and contents[row.control_key][0, 1].max() < 0.5, wrong
 
 
-def wrongs(config):
+def wrongs(config, base):
     """What is wrong with each row of a data set."""
     rows = cv4ctrl.open_dataset(config)
-    return [cv4ctrl.read_row(config, "pictures", "captions", {}, rows, id)[1] for id in range(len(rows))]
+    reader = cv4ctrl.Reader(config, base, rows, set())
+    return ["".join(reader.read(index)[1]) for index in range(len(rows))]
 
 
-def test_captions_that_are_no_text_are_bad_rows(config, flags, tmp_path):
+def test_captions_that_are_no_text_are_bad_rows(config, base, flags, tmp_path):
     """Not UTF-8, a dictionary, a number, nothing: also with --dry_run nothing worse happens."""
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     start = b'{"image": "a.png", "conditioning_image": "a.png", "text": '
     values = [b'"fine"', b'"caf\xe9"', b'"\\ud800"', b'{"en": "a"}', b"7", b"null", b'["a"]']
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join(start + value + b"}" for value in values))
     options = {"dataset_name": None, "jsonl_for_train": tmp_path / "rows.jsonl", "train_batch_size": 1}
-    found = wrongs(config(**options))
-    assert not found[0] and all(text.startswith(f"row {id}, text: ") for id, text in enumerate(found) if id)
+    found = wrongs(config(**options), base)
+    assert not found[0] and all(text.startswith(f"row {n}, text: ") for n, text in enumerate(found) if n)
     assert "not {'en': 'a'}" in found[3] and "surrogates" in found[1]
     cv4ctrl.main([*flags(tmp_path / "out", **options), "--dry_run"])
 
 
-def test_a_parquet_caption_that_is_not_utf8_is_a_bad_row(config, flags, tmp_path):
+def test_a_parquet_caption_that_is_not_utf8_is_a_bad_row(config, base, flags, tmp_path):
     raw = pyarrow.array([b"fine", b"caf\xe9"], pyarrow.binary())
     text = pyarrow.Array.from_buffers(pyarrow.string(), 2, raw.buffers())
     columns = {"image": ["a.png"] * 2, "conditioning_image": ["a.png"] * 2, "text": text}
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     options = {"dataset_name": tmp_path / "rows.parquet", "train_batch_size": 1}
-    found = wrongs(config(**options))
+    found = wrongs(config(**options), base)
     assert not found[0] and found[1].startswith("row 1, text: ") and "utf-8" in found[1]
     cv4ctrl.main([*flags(tmp_path / "out", **options), "--dry_run"])
 
@@ -231,6 +242,13 @@ def test_json_lines_whose_other_columns_change_type_and_whose_content_changes(co
     file.write_text(file.read_text().replace('"text": "1"', '"text": "2"'))
     os.utime(file, ns=(about.st_atime_ns, about.st_mtime_ns))
     assert captions(config, None, jsonl_for_train=file) == [2, 2]
+
+
+@pytest.mark.parametrize("line", ["7", "null", '["a.png", "b.png", "a"]', "{'image': 'a'}", '{"image":'])
+def test_lines_that_are_no_json_objects_are_refused(line, flags, refused, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"image": "a", "conditioning_image": "b", "text": "1"}\n' + line)
+    said = refused(flags(tmp_path / "out", dataset_name=None, jsonl_for_train=tmp_path / "rows.jsonl"))
+    assert said.startswith(f"cv4ctrl.py: data set {tmp_path}/rows.jsonl: ")
 
 
 def test_files_that_do_not_belong_together_are_told_with_their_columns(config, tmp_path):
@@ -260,24 +278,34 @@ def test_a_row_without_picture(value, read):
     assert read(row) == (None, "row 0, conditioning_image: no picture")
 
 
-def test_pairs_of_different_shape_are_counted_in_one_line(config, base, device, capsys, tmp_path):
-    """After rotation as the camera meant it; a few pixels of padding do not matter."""
+@pytest.mark.parametrize("value", [7, 0.5, ["a.png"], {"path": 7}, {"bytes": "iVBORw0KGgo="}])
+def test_values_that_are_no_pictures_are_bad_rows(value, read):
+    """As where --image_column names another column."""
+    found, wrong = read({"image": value, "conditioning_image": value, "text": "a"})
+    assert found is None and wrong.startswith("row 0, image: ") and "\n" not in wrong
+
+
+def test_what_is_odd_about_rows_is_counted_over_all_and_told_once(config, base, device, capsys, tmp_path):
+    """The shape is that after rotation as the camera meant it; a few pixels of padding do not matter."""
+
+    def told(folder, rows):
+        rows = [{"image": a, "conditioning_image": b, "text": "a"} for a, b in rows]
+        cv4ctrl.encode(config(encoded_dir=tmp_path / folder), base, rows, device)
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("cv4ctrl.py: row ")]
+
     turned = Image.Exif()
     turned[0x0112] = 6
     tall, wide = encoded_as(Image.new("RGB", (64, 128))), encoded_as(Image.new("RGB", (128, 64)))
-    padded = encoded_as(Image.new("RGB", (64, 130)))
-    wide_turned = encoded_as(Image.new("RGB", (128, 64)), "JPEG", exif=turned)
-    pairs = [(tall, padded), (tall, wide_turned), (padded, wide), (tall, wide)]
-    rows = [{"image": a, "conditioning_image": b, "text": "a"} for a, b in pairs]
-    cv4ctrl.encode(config(encoded_dir=tmp_path / "one"), base, rows[:2], device)
-    assert "aspect ratio" not in capsys.readouterr().err
-    cv4ctrl.encode(config(encoded_dir=tmp_path / "two"), base, [rows[2], *rows[:2], rows[3]], device)
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "aspect ratio" in line]
-    assert "row 0: " in line and "(2 of 4 rows)" in line
+    padded, small = encoded_as(Image.new("RGB", (64, 130))), encoded_as(Image.new("RGB", (32, 64)))
+    fine = [(tall, padded), (tall, encoded_as(Image.new("RGB", (128, 64)), "JPEG", exif=turned)), (tall, small)]
+    assert told("one", fine) == []
+    shape, size = told("two", [*fine, (padded, wide), (small, tall), (small, wide), (tall, wide)])
+    assert "row 3: " in shape and "differ in shape" in shape and "(3 of 7 rows)" in shape
+    assert "row 4: " in size and "smaller than --resolution 64" in size and "(2 of 7 rows)" in size
 
 
 def test_weights_that_no_index_names_are_not_read(base, tmp_path):
-    """As diffusers and transformers load each part of a base; see also test_surgery.py."""
+    """As diffusers and transformers load each part of a base; see also test_model.py."""
     other = shutil.copytree(base, tmp_path / "base")
     encoders = cv4ctrl.load_encoders(base, torch.device("cpu"))
     for name, part in (("vae", encoders.vae), ("text_encoder", encoders.text_encoder)):
@@ -294,11 +322,54 @@ def test_weights_that_no_index_names_are_not_read(base, tmp_path):
         assert all(ours[key].equal(theirs[key]) for key in theirs)
 
 
-def test_a_folder_that_is_named_after_splits_only_in_part_is_refused(config, tmp_path):
+def refused_files(config, folder):
+    """What of a folder is in no split, and so refused: (number of files, those that are named)."""
+    with pytest.raises(cv4ctrl.Failure) as failure:
+        captions(config, folder)
+    number, names = re.search(r"(\d+) files are in no split, such as (.*): give", str(failure.value)).groups()
+    return int(number), [str(Path(name).relative_to(folder)) for name in names.split(", ")]
+
+
+def test_folders_that_are_named_after_splits_only_in_part_are_refused(config, tmp_path, capsys):
+    """Of these `datasets` would leave out the other files in silence."""
+    picture_folder(tmp_path / "photos" / "portraits")
+    picture_folder(tmp_path / "photos" / "test shots")
+    some = [f"portraits/{name}" for name in ("0-control.png", "0.png", "1-control.png")]
+    assert refused_files(config, tmp_path / "photos") == (4, some)
+    picture_folder(tmp_path / "pictures" / "train")
+    picture_folder(tmp_path / "pictures" / "extra")
+    assert refused_files(config, tmp_path / "pictures") == (4, [name.replace("portraits", "extra") for name in some])
+    lines = tmp_path / "lines"
+    lines.mkdir()
+    for name in ("train", "more"):
+        (lines / f"{name}.jsonl").write_text('{"image": "a", "conditioning_image": "b", "text": "7"}')
+    assert refused_files(config, lines) == (1, ["more.jsonl"])
     for name in ("train", "test", "more"):
         parquet(tmp_path / "data" / name, 2)
-    with pytest.raises(cv4ctrl.Failure, match="only some files are named after splits.*test"):
-        captions(config, tmp_path / "data")
-    parquet(tmp_path / "brackets [v2]" / "test", 2)
-    with pytest.raises(cv4ctrl.Failure, match="rename the folder"):
-        captions(config, tmp_path / "brackets [v2]")
+    (tmp_path / "data" / "README.md").write_text("---\nlicense: mit\n---\nNothing about files.")
+    assert refused_files(config, tmp_path / "data") == (1, ["more.parquet"])
+    card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train, path: [train*, more*]}\n---"
+    (tmp_path / "data" / "README.md").write_text(card)
+    assert captions(config, tmp_path / "data") == [0, 0, 1, 1]
+    shutil.rmtree(tmp_path / "pictures" / "extra")
+    picture_folder(tmp_path / "pictures" / "test")
+    capsys.readouterr()
+    assert captions(config, tmp_path / "pictures") == [0, 1]
+    assert "taking split train, not test" in capsys.readouterr().err
+
+
+def test_folders_behind_links_and_relative_paths_are_read_like_others(config, tmp_path, monkeypatch):
+    parquet(tmp_path / "real" / "train", 20)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for folder in (tmp_path / "link", "../real", "../link"):
+        assert captions(config, folder) == list(range(20))
+
+
+def test_hidden_folders_are_no_data(config, tmp_path):
+    """Of an editor, a version control, a program that draws thumbnails."""
+    parquet(tmp_path / "data" / "train", 20)
+    for name in (".old", "__old"):
+        parquet(tmp_path / "data" / name / "more", 20)
+    assert captions(config, tmp_path / "data") == list(range(20))

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-import progress
-import tiny
 from ranks import launch
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, f"{ROOT}/tests/demo")
+import progress  # noqa: E402
+import tiny  # noqa: E402
 
 
 def train(folder, seed=0):
@@ -43,7 +44,9 @@ def overlap(images, targets, captions):
 def fidelity(weights, cases=16):
     """(overlap with the outlined shape, the same with the next case's control), drawn by the installed pipeline."""
     model = diffusers.CogView4Transformer2DModel.from_pretrained(weights, dtype=torch.float32)
-    pipe = diffusers.CogView4ControlPipeline.from_pretrained(f"{ROOT}/tests/base", transformer=model, dtype=model.dtype)
+    pipe = diffusers.CogView4ControlPipeline.from_pretrained(
+        f"{ROOT}/tests/demo/base", transformer=model, dtype=model.dtype
+    )
     rng = random.Random(1000)  # the data are made with seed 0: none of these pictures is among them
     targets, controls, captions = zip(*(tiny.draw_pair(rng) for _ in range(cases)))
     for used in (controls, controls[1:] + controls[:1]):

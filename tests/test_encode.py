@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from unittest import mock
 
 import datasets
@@ -41,19 +42,19 @@ def encode(config, base, device, tmp_path):
     return run
 
 
-def by_id(encoded):
-    return {row.id: row for row in (*encoded.train, *encoded.held_out)}
+def by_index(encoded):
+    return {row.index: row for row in (*encoded.train, *encoded.held_out)}
 
 
 def test_embeddings_are_the_pipelines_bitwise_each_caption_alone(encode, pipe):
     captions = ["", "a red circle on grey", "fourteen bytes", "x" * 300, "两个朋友 🙂", " a\nb\tc "]
     encoded, _, encodings = encode([(*tiny.make_rows(1)[0][:2], text) for text in captions], max_sequence_length=64)
-    ours = [encoded.entry(by_id(encoded)[id].caption) for id in range(len(captions))]
+    ours = [encoded.entry(by_index(encoded)[n].caption_key) for n in range(len(captions))]
     for caption, embeds in zip(captions, ours):
         theirs = pipe.encode_prompt(caption, do_classifier_free_guidance=False, max_sequence_length=64)[0][0]
         assert embeds.dtype == theirs.dtype == torch.bfloat16 and torch.equal(embeds, theirs), caption
     assert [len(embeds) for embeds in ours[:4]] == [16, 32, 16, 64]  # 2 tokens + bytes, to a multiple of 16, cut at 64
-    assert torch.equal(encoded.entry(encoded.empty), ours[0]) and encodings == len(captions)
+    assert torch.equal(encoded.entry(encoded.empty_key), ours[0]) and encodings == len(captions)
 
 
 @torch.no_grad()
@@ -68,13 +69,13 @@ def test_moments_are_the_pipelines_for_any_kind_of_picture(encode, pipe, tmp_pat
         picture.convert(mode).save(buffer, form, **({"exif": turned} if form == "JPEG" else {}))
         contents.append(buffer.getvalue())
     encoded = encode([(content, contents[n - 1], "x") for n, content in enumerate(contents)])[0]
-    for id, content in enumerate(contents):
+    for n, content in enumerate(contents):
         (tmp_path / "picture").write_bytes(content)
         pixels = pipe.image_processor.preprocess(load_image(str(tmp_path / "picture")), 64, 64).bfloat16()
         posterior = pipe.vae.encode(pixels).latent_dist
-        key = by_id(encoded)[id].image
+        key = by_index(encoded)[n].image_key
         assert torch.equal(encoded.entry(key), posterior.parameters[0])
-        control = by_id(encoded)[(id + 1) % len(contents)].control
+        control = by_index(encoded)[(n + 1) % len(contents)].control_key
         assert key != control and torch.equal(encoded.entry(control), posterior.parameters[0])
         eps = torch.randn(16, 8, 8)
         mean, deviation = posterior.mean[0].float(), posterior.logvar[0].float().mul(0.5).exp()
@@ -101,6 +102,27 @@ def test_hits_and_misses(encode, base, tmp_path):
         file = next(file for file in (other / part).iterdir() if file.suffix == ".json")
         file.write_text(file.read_text() + "\n")
         assert encode(rows, base=other)[1:] == expected
+
+
+def test_a_byte_a_size_or_a_name_in_the_files_of_an_encoder_changes_its_keys(config, base, tmp_path):
+    """Large files are read in samples, of which the first is their first MB."""
+    other = shutil.copytree(base, tmp_path / "base")
+
+    def keys():
+        reader = cv4ctrl.Reader(config(), other, [], set())
+        return {"vae": reader.of_pictures, "text_encoder": reader.of_captions}
+
+    for part in keys():
+        before, (file,) = keys(), (other / part).glob("*.safetensors")
+        os.truncate(file, 40 * 2**20)
+        larger = keys()
+        with open(file, "r+b") as stream:
+            stream.seek(9000)
+            stream.write(bytes([file.read_bytes()[9000] ^ 1]))
+        changed = keys()
+        file.rename(file.with_stem("other"))
+        found = [before, larger, changed, keys()]
+        assert len({each.pop(part) for each in found}) == 4 and all(each == found[0] for each in found)
 
 
 def die_while_saving(argv):
@@ -135,24 +157,44 @@ def test_rows_that_cannot_be_used(encode, refused, flags, tmp_path, capsys):
     (before, *encodings), (after, *more) = encode(good), encode([*good[:3], *bad, *good[3:]], skip_bad_rows=True)
     assert encodings == more == [0, 0]  # the others were encoded and kept
     assert "row 3, image: " in capsys.readouterr().err
-    assert sorted(by_id(after)) == [0, 1, 2, *range(6, 33)]
-    kept = [[row._replace(id=None) for row in (*found.train, *found.held_out)] for found in (before, after)]
+    assert sorted(by_index(after)) == [0, 1, 2, *range(6, 33)]
+    kept = [[replace(row, index=0) for row in (*found.train, *found.held_out)] for found in (before, after)]
     assert kept[0] == kept[1] and len(after.held_out) == 3  # they do not move the choice of the others
+
+
+@torch.no_grad()
+def test_validation_images_are_encoded_like_the_data(encode, refused, flags, pipe, tmp_path, monkeypatch):
+    rows, (_, control, _) = tiny.make_rows(12), tiny.make_rows(1, seed=5)[0]
+    (before, *_), captions = encode(rows), ["a green star", rows[1][2]]
+    (tmp_path / "own.png").write_bytes(control)
+    (tmp_path / "known.png").write_bytes(rows[1][1])
+    monkeypatch.chdir(tmp_path)  # paths are as on the command line
+    after, *encodings = encode(rows, validation_image=["own.png", tmp_path / "known.png"], validation_prompt=captions)
+    assert encodings == [1, 1] and (after.train, after.held_out) == (before.train, before.held_out)
+    own, known = after.cases
+    pixels = pipe.image_processor.preprocess(load_image("own.png"), 64, 64).bfloat16()
+    assert torch.equal(after.entry(own.control_key), pipe.vae.encode(pixels).latent_dist.parameters[0])
+    assert torch.equal(after.entry(own.caption_key), pipe.encode_prompt(captions[0], None, False)[0][0])
+    assert known == replace(by_index(before)[1], index=13, image_key=None)
+    (tmp_path / "own.png").write_bytes(control[:60])
+    options = {"validation_image": "own.png", "validation_prompt": "a", "skip_bad_rows": True}
+    line = refused(flags(tmp_path / "out", encoded_dir=tmp_path / "cache", **options), progress=True)
+    assert line.startswith("cv4ctrl.py: --validation_image own.png: no readable picture")
 
 
 def test_json_lines_parquet_and_columns(config, base, device, tmp_path):
     rows, lines = tiny.make_rows(12), []
-    for id, (image, control, caption) in enumerate(rows):
-        (tmp_path / f"{id}.png").write_bytes(image)
-        (tmp_path / f"{id}-edges.png").write_bytes(control)
-        there = f"{tmp_path}/" if id % 2 else ""  # absolute, or relative to the file
-        line = {"picture": f"{there}{id}.png", "edges": f"{there}{id}-edges.png", "words": caption}
+    for n, (image, control, caption) in enumerate(rows):
+        (tmp_path / f"{n}.png").write_bytes(image)
+        (tmp_path / f"{n}-edges.png").write_bytes(control)
+        there = f"{tmp_path}/" if n % 2 else ""  # absolute, or relative to the file
+        line = {"picture": f"{there}{n}.png", "edges": f"{there}{n}-edges.png", "words": caption}
         lines.append(json.dumps(line))
     (tmp_path / "rows.jsonl").write_text("\ufeff" + "\n\n".join(lines))
     names = {"image_column": "picture", "conditioning_image_column": "edges", "caption_column": "words"}
     jsonl = config(dataset_name=None, jsonl_for_train=tmp_path / "rows.jsonl", **names)
     parquet = config(dataset_name=tiny.write_parquet(tmp_path / "parquet", rows) / "train.parquet")
-    found = [by_id(cv4ctrl.encode(c, base, cv4ctrl.open_dataset(c), device)) for c in (jsonl, parquet)]
+    found = [by_index(cv4ctrl.encode(c, base, cv4ctrl.open_dataset(c), device)) for c in (jsonl, parquet)]
     assert found[0] == found[1] and len(found[0]) == 12
 
 

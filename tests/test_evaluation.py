@@ -1,19 +1,21 @@
 """The sampler draws what CogView4ControlPipeline draws; losses, pictures and figures are what they say."""
 
+import dataclasses
+from unittest import mock
+
 import numpy as np
 import pytest
+import tiny
 import torch
 from diffusers import CogView4ControlPipeline
 from PIL import Image
 
 import cv4ctrl
-import tiny
 
 
 @pytest.fixture(scope="module")
-def ready(base):
-    model = tiny.control_model(base)
-    return model, cv4ctrl.prepare(model, 64, torch.device("cpu"), torch.float32)
+def model(base):
+    return cv4ctrl.VelocityModel(tiny.control_model(base), 64)
 
 
 @pytest.fixture()
@@ -39,75 +41,97 @@ def test_the_sampler_equals_the_pipeline(base, side, guidance, bits):
     theirs = pipe(prompt, control_image=image, latents=noise.clone(), output_type="latent", **size).images
     torch.manual_seed(5)
     control = pipe.vae.encode(pipe.image_processor.preprocess(image, side, side).to(dtype)).latent_dist.sample()
-    texts = [pipe.encode_prompt(text, do_classifier_free_guidance=False)[0] for text in (prompt, "")]
-    shared = cv4ctrl.prepare(model, side, torch.device("cpu"), dtype)
-    ours = cv4ctrl.euler_sample(model, shared, noise, control, *texts, 7, guidance)
+    texts = [pipe.encode_prompt(text, do_classifier_free_guidance=False)[0][0] for text in (prompt, "")]
+    ours = cv4ctrl.euler_sample(cv4ctrl.VelocityModel(model, side), noise, control, *texts, 7, guidance)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 if bits == 32 else 0.1)  # of some 4
     torch.testing.assert_close(told[model], told[installed], rtol=0, atol=0)  # also their dtypes
 
 
-def make_sample(seed, tokens):
-    generator = torch.Generator().manual_seed(seed)
-    sample = dict(zip(("latents", "control", "noise"), torch.randn(3, 16, 8, 8, generator=generator)))
-    embeds = torch.randn(tokens, 32, generator=generator).bfloat16()
-    return sample | {"timestep": torch.tensor([100.0 + 50 * seed]), "prompt_embeds": embeds}
-
-
-def test_loss_and_gradients_of_a_sample_do_not_depend_on_its_batch(ready):
-    samples = [make_sample(seed, tokens) for seed, tokens in enumerate([16, 64, 32, 128])]
-
-    def loss_and_gradients(samples):
-        ready[0].zero_grad()
-        batch = cv4ctrl.collate(samples, torch.device("cpu"))
-        assert (batch["mask"] is None) == (len(samples) == 1)
-        loss = cv4ctrl.batch_loss(*ready, batch)
-        loss.backward()
-        return [loss.detach(), *(parameter.grad.clone() for parameter in ready[0].parameters())]
-
-    alone = [loss_and_gradients([sample]) for sample in samples]
-    for together, *parts in zip(loss_and_gradients(samples), *alone):
-        torch.testing.assert_close(together, sum(parts) / len(parts), rtol=1e-4, atol=1e-6)
-
-
-def test_the_velocity_that_is_learned_leads_the_sampler_from_noise_to_the_latents(stream, ready):
+def test_the_velocity_that_is_learned_leads_the_sampler_from_noise_to_the_latents(stream):
     batch = stream.micro_batch(torch.device("cpu"), 0)
-    true = (lambda *args, **more: [batch["noise"] - batch["latents"]], ready[1])  # a model that has learned it
-    assert cv4ctrl.batch_loss(*true, batch) == 0
-    inputs = [batch[name] for name in ("noise", "control", "prompt_embeds", "prompt_embeds")]
-    drawn = cv4ctrl.euler_sample(*true, *inputs, 5, 1.0)
+    true = mock.Mock(return_value=batch["noise"] - batch["latents"], image_tokens=16)  # a model that has learned it
+    assert cv4ctrl.flow_matching_loss(true, batch) == 0
+    drawn = cv4ctrl.euler_sample(true, batch["noise"], batch["control"], None, None, 5, 1.0)
     torch.testing.assert_close(drawn, batch["latents"], rtol=0, atol=1e-5)
 
 
-def test_pictures_of_a_run(stream, base, encoded, ready, tmp_path):
-    first, second = (Image.open(tmp_path / cv4ctrl.validate(*ready, stream, base, step)) for step in (0, 5))
-    assert first.tobytes() == second.tobytes()  # the same noise at every step: what changes is the model
-    assert first.size == (4 * 64, 4 * 64)  # control, two generated, target; four cases
-    cells = [np.array(first.crop((64 * n, 0, 64 * (n + 1), 64))) for n in range(4)]
-    assert not any((a == b).all() for n, a in enumerate(cells) for b in cells[:n])
-    pipe = CogView4ControlPipeline.from_pretrained(base, transformer=None, dtype=torch.bfloat16)
-    for cell, key in ((cells[0], encoded.held_out[0].control), (cells[3], encoded.held_out[0].image)):
-        pixels = pipe.vae.decode(encoded.latents(key)[None].bfloat16()).sample.detach()
-        (image,) = pipe.image_processor.postprocess(pixels)
-        assert (cell == np.array(image)).all()
+def bands(file):
+    """A picture of a run -> {(row, column): cell of 64 x 64 pixels}."""
+    pixels = np.array(Image.open(file))
+    high, wide = (side // 64 for side in pixels.shape[:2])
+    return {(y, x): pixels[64 * y :, 64 * x :][:64, :64] for y in range(high) for x in range(wide)}
+
+
+def seen(pipe, latents):
+    """Latents (16, 8, 8) -> the picture that the pipeline makes of them."""
+    pixels = pipe.vae.decode(latents[None].bfloat16()).sample.detach()
+    return np.array(pipe.image_processor.postprocess(pixels)[0])
+
+
+@pytest.fixture(scope="module")
+def pipe(base):
+    return CogView4ControlPipeline.from_pretrained(base, transformer=None, dtype=torch.bfloat16)
+
+
+def test_pictures_of_a_run(stream, base, encoded, model, pipe, tmp_path):
+    files = [cv4ctrl.draw_pictures(model, stream, base, step) for step in (0, 5)]
+    assert files == [tmp_path / "validation" / f"step-{step}.png" for step in (0, 5)]
+    first, second = map(bands, files)
+    assert first.keys() == {(y, x) for y in range(4) for x in range(4)}  # control, two generated, target; four cases
+    assert all((first[cell] == second[cell]).all() for cell in first)  # the same noise at every step
+    assert len({first[0, x].tobytes() for x in range(4)}) == 4
+    for y, row in enumerate(encoded.held_out):
+        assert (first[y, 0] == seen(pipe, encoded.latents(row.control_key))).all()
+        assert (first[y, 3] == seen(pipe, encoded.latents(row.image_key))).all()
+    none = dataclasses.replace(stream, config=dataclasses.replace(stream.config, num_validation_images=0))
+    assert cv4ctrl.draw_pictures(model, none, base, 6) is None
 
 
 @torch.no_grad()
-def test_the_probe_computed_again_from_its_definition(stream, base, encoded, ready):
+def test_cases_of_the_user_are_drawn_above_the_held_out_rows(stream, base, config, device, model, pipe, tmp_path):
+    """From their controls and prompts, as control | generated ... | blank; the pictures below stay what they were."""
+    prompts, pictures = ["a green star, seen from above", "a blue square on grey"], []
+    for n, size in enumerate([(64, 40), (90, 90)]):
+        pictures.append(tmp_path / f"{n}.png")
+        Image.effect_noise(size, 60 + n).convert("RGB").save(pictures[n])
+    asked = {"validation_image": pictures, "validation_prompt": prompts}
+    config = config(tmp_path, num_validation_images=2, num_inference_steps=2, **asked)
+    encoded = cv4ctrl.encode(config, base, cv4ctrl.open_dataset(config), device)
+    before = bands(cv4ctrl.draw_pictures(model, stream, base, 0))
+    with mock.patch.object(cv4ctrl, "euler_sample", wraps=cv4ctrl.euler_sample) as sampler:
+        found = bands(cv4ctrl.draw_pictures(model, cv4ctrl.Stream(config, encoded, 0, 1), base, 5))
+    assert found.keys() == {(y, x) for y in range(2 + 4) for x in range(4)}
+    assert all((found[y + 2, x] == before[y, x]).all() for y, x in before)
+    noises = [call.args[1] for call in sampler.call_args_list]
+    assert len({noise.numpy().tobytes() for noise in noises}) == 2 * (2 + 4)  # each picture from a noise of its own
+    (empty,) = pipe.encode_prompt("", do_classifier_free_guidance=False)[0]
+    for y, (picture, prompt) in enumerate(zip(pictures, prompts)):
+        pixels = pipe.image_processor.preprocess(Image.open(picture), 64, 64).bfloat16()
+        control = pipe.vae.encode(pixels).latent_dist.mode()
+        assert (found[y, 0] == seen(pipe, control[0])).all() and (found[y, 3] == 255).all()
+        (embeds,) = pipe.encode_prompt(prompt, do_classifier_free_guidance=False)[0]
+        for m in range(2):
+            drawn = cv4ctrl.euler_sample(model, noises[2 * y + m], control.float(), embeds, empty, 2, 3.5)
+            assert (found[y, 1 + m] == seen(pipe, drawn[0])).all()
+
+
+@torch.no_grad()
+def test_the_probe_computed_again_from_its_definition(stream, base, encoded, model):
     losses = ([], [])
-    samples = [stream.sample(row, row.caption, None, "probe", n) for n, row in enumerate(encoded.held_out)]
+    samples = [stream.sample(row, row.caption_key, None, "probe", n) for n, row in enumerate(encoded.held_out)]
     t = torch.arange(100.0, 901, 100)
     sigma = cv4ctrl.shifted_sigma(t, 16).view(9, 1, 1, 1)
     for sample, following in zip(samples, samples[1:] + samples[:1], strict=True):
         noisy = (1 - sigma) * sample["latents"] + sigma * sample["noise"]
         for control, part in zip((sample["control"], following["control"]), losses):
-            text = sample["prompt_embeds"].expand(9, -1, -1)
-            v = cv4ctrl.predict(*ready, noisy, control.expand_as(noisy), text, None, t)
+            v = model(noisy, control.expand_as(noisy), 9 * [sample["prompt"]], t)
             part.append((v - (sample["noise"] - sample["latents"])).square().mean().item())
     own, other = (sum(part) / 4 for part in losses)
-    figures = cv4ctrl.probe(*ready, stream)
-    assert cv4ctrl.probe(*ready, stream) == figures
+    figures = cv4ctrl.probe(model, stream)
+    assert cv4ctrl.probe(model, stream) == figures
     expected = {"probe_loss": own, "probe_loss_swapped": other, "control_gain": other / own - 1}
     assert figures == pytest.approx(expected, rel=1e-4) and abs(figures["control_gain"]) > 1e-4
-    assert cv4ctrl.probe(tiny.load(base), ready[1], stream)["control_gain"] == 0  # it ignores the control
-    alone = stream._replace(encoded=encoded._replace(held_out=encoded.held_out[:1]))
-    assert cv4ctrl.probe(*ready, alone) == {}
+    blind = cv4ctrl.VelocityModel(tiny.load(base), 64)
+    assert cv4ctrl.probe(blind, stream)["control_gain"] == 0  # it ignores the control
+    alone = dataclasses.replace(encoded, held_out=encoded.held_out[:1])
+    assert cv4ctrl.probe(model, dataclasses.replace(stream, encoded=alone)) == {}

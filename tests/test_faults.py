@@ -1,5 +1,6 @@
 """What a run survives: it is disturbed from outside, and what an undisturbed run leaves is the judge."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -9,6 +10,9 @@ import re
 import resource
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,19 +21,10 @@ import psutil
 import pytest
 
 import cv4ctrl
-from ranks import launch, main_with, rows, same, shared_nursery, weights
+from ranks import launch, main_with, rows, same, shared_nursery, state, until, weights
 
 NEEDS_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="DeepSpeed's optimizer for the host needs g++")
 OFFLOADED = [pytest.mark.long, NEEDS_COMPILER]
-
-
-def until(seen, pids=(), seconds=100):
-    """Waits until seen() is true; not for ever, nor for processes that have ended."""
-    end = time.monotonic() + seconds
-    while not seen():
-        ended = [pid for pid in pids if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE]
-        assert not ended and time.monotonic() < end, f"{ended} ended" if ended else f"not seen in {seconds} s"
-        time.sleep(0.01)
 
 
 def reached(folder):
@@ -78,7 +73,7 @@ def half(undisturbed, tmp_path):
 def goes_on(run, argv, folder, undisturbed):
     """Starts a run again -> its output. What it leaves is bitwise what the undisturbed one left, and nothing else."""
     codes, text = run(argv)
-    assert codes == [0, 0], text
+    assert not any(codes), text
     assert same(weights(folder), weights(undisturbed)) and not list(folder.glob(".*.tmp"))
     ours, theirs = ([*map(json.loads, open(run / "metrics.jsonl"))] for run in (folder, undisturbed))
     assert [row | {"samples_per_s": 0} for row in ours] == [row | {"samples_per_s": 0} for row in theirs]
@@ -90,7 +85,7 @@ def goes_on(run, argv, folder, undisturbed):
 def only_line(text):
     """What the run says at its end, once and without a traceback."""
     assert "Traceback" not in text, text
-    (line,) = [line for line in text.splitlines() if line.startswith("cv4ctrl.py: ") and "passed over" not in line]
+    (line,) = [line for line in text.splitlines() if line.startswith("cv4ctrl.py: ") and "skipping" not in line]
     return line
 
 
@@ -110,60 +105,121 @@ def test_kills_at_random_moments(count, run, words, undisturbed, tmp_path):
             starts.add(max(cv4ctrl.checkpoints(folder), default=0))
             codes, text = run(words(folder, encoded_dir=None), hurt=kill)
             kills += -signal.SIGKILL in codes
-            assert "passed over" not in text and 2 not in codes, text
+            assert "damaged" not in text and 2 not in codes, text
         goes_on(run, words(folder, encoded_dir=None), folder, undisturbed)
     assert len(starts) > 3 or count < 20, starts
 
 
-def slow_steps(argv):
-    """Job: a run in which a signal meets a step."""
-    train_step = cv4ctrl.train_step
+def is_free(lock):
+    with open(lock) as file, contextlib.suppress(BlockingIOError):
+        return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) is None
+
+
+def meet_signal(argv, function, training, call, rank, number):
+    """Job: a run in which that rank gets a signal, twice, as a function is called for the call-th time.
+
+    Calls count inside the training steps or outside of them, and each is told."""
+    work, calls = getattr(cv4ctrl, function), []
+
+    def counted(*args, **options):
+        if cv4ctrl.torch.is_grad_enabled() == training:
+            calls.append(print("a call"))
+            if len(calls) == call and cv4ctrl.RANK == rank:
+                assert not is_free(Path(argv[argv.index("--output_dir") + 1], ".lock"))
+                for _ in range(2):  # a launcher that is signalled with its ranks passes the signal on
+                    os.kill(os.getpid(), number)
+        return work(*args, **options)
+
+    main_with(argv, **{function: counted})
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_signal_ends_the_run_at_once_and_loses_no_whole_step(world, run, words, encoded, tmp_path):
+    """To any rank, in mid-step, in an evaluation, while it encodes. All ranks end with 75 before the next micro-batch,
+    probe or picture, after saving the last whole step, once. The same command then does what an undisturbed one does.
+
+    Six signals, one after the other, to a run of three steps of 16 micro-batches, evaluated at 0, 2 and 3."""
+    options = {"train_batch_size": 2 // world, "gradient_accumulation_steps": 16, "max_train_steps": 3}
+    options |= {"validation_steps": 2, "checkpointing_steps": 100, "probe_samples": 4, "checkpoints_total_limit": 0}
+    assert launch(world, words(tmp_path / "undisturbed", **options)) == [[0, None]]
+    folder = tmp_path / "run"
+    argv = words(folder, encoded_dir=None, **options)
+    for n, (function, training, call, step) in enumerate([
+        ("save_file", False, 3, None),  # while it encodes
+        ("euler_sample", False, 1, 0),
+        ("flow_matching_loss", True, 16 + 3, 1),  # the third micro-batch of the second step
+        ("flow_matching_loss", False, 1, 2),  # the first probe
+        ("flow_matching_loss", True, 3, 2),  # step 2 is saved already
+        ("euler_sample", False, 4 // world + 1, 3),  # of the last evaluation: it continues with that of step 2
+    ]):  # fmt: skip
+        before = {file: file.stat().st_mtime_ns for file in folder.glob("checkpoint-*/*.json")}
+        number = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)[n % 3]
+        job = ("test_faults.meet_signal", [argv, function, training, call, n % world, number])
+        codes, text = run(job, world)
+        assert codes == [75] * world, text
+        if step is None:
+            assert "stopped by a signal; the same" in only_line(text) and 0 < len(list(folder.glob("encoded/*"))) < 96
+        else:
+            assert f"stopped by a signal after step {step};" in only_line(text), text
+            assert text.count("a call") == call * world, text
+        assert list(cv4ctrl.checkpoints(folder)) == [*range(1, (step or 0) + 1)]
+        assert all(file.stat().st_mtime_ns == before[file] for file in before)
+    goes_on(lambda argv: run(argv, world), argv, folder, tmp_path / "undisturbed")
+
+
+def slow_micro_batches(argv):
+    """Runs a command line in which a signal from outside meets a step."""
+    loss = cv4ctrl.flow_matching_loss
 
     def slow(*args):
-        time.sleep(0.3)
-        return train_step(*args)
+        time.sleep(0.1)
+        return loss(*args)
 
-    main_with(argv, train_step=slow)
+    main_with(argv, flow_matching_loss=slow)
 
 
-def test_signals_to_a_rank(run, words, undisturbed, tmp_path):
-    """Each leaves what is encoded, or a checkpoint, and ends all ranks with 75; so do four, one after the other."""
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "launcher", ["torch.distributed.run --nproc_per_node=2", "deepspeed.launcher.runner --num_gpus=2"]
+)
+def test_a_signal_to_a_launcher_and_its_ranks(launcher, run, words, undisturbed, tmp_path):
+    """As Ctrl-C or a batch system sends it. What has been trained is saved."""
     folder = tmp_path / "run"
-    argv = words(folder, encoded_dir=None, checkpointing_steps=100)
-    for number, rank in ((signal.SIGTERM, 0), (signal.SIGUSR1, 1), (signal.SIGINT, 0), (signal.SIGTERM, 1)):
-        start, encodes = reached(folder), not folder.exists()
-
-        def send(pids):
-            until(lambda: len(list(folder.glob("encoded/*"))) > 5 if encodes else reached(folder) > start, pids)
-            with open(folder / ".lock") as lock, pytest.raises(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for _ in range(2):  # a launcher that is signalled with its ranks passes the signal on
-                os.kill(pids[rank], number)
-                time.sleep(0.1)
-
-        codes, text = run(("test_faults.slow_steps", [argv]), hurt=send)
-        assert codes == [75, 75] and "stopped by a signal" in only_line(text), text
-        assert encodes or start < max(cv4ctrl.checkpoints(folder)) == reached(folder) < 12
+    program = f"import sys; sys.path[:0] = {sys.path}; import test_faults; test_faults.slow_micro_batches(sys.argv[1:])"
+    (tmp_path / "slow.py").write_text(program)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    argv = words(folder, checkpointing_steps=100)
+    command = [sys.executable, "-m", *launcher.split(), f"--master_port={port}", tmp_path / "slow.py", *argv]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "output", "w") as output:
+        options = {"stdout": output, "stderr": output, "start_new_session": True, "env": env}
+        launched = subprocess.Popen(command, **options)
+    until(lambda: reached(folder) > 1, [launched.pid])
+    os.killpg(launched.pid, signal.SIGTERM)
+    assert launched.wait() != 0
+    until(lambda: is_free(folder / ".lock"))  # the ranks end after their launcher
+    text = (tmp_path / "output").read_text()
+    assert f"stopped by a signal after step {max(cv4ctrl.checkpoints(folder))};" in text, text
     goes_on(run, argv, folder, undisturbed)
 
 
 DAMAGE = {
     "truncated": lambda folder: os.truncate(next(folder.glob("state/*")), 100),
-    "without header": lambda folder: [file.write_bytes(bytes(file.stat().st_size)) for file in folder.glob("state/*")],
     "a missing file": lambda folder: next(folder.glob("transformer/*.safetensors")).unlink(),
     "half a manifest": lambda folder: os.truncate(folder / "manifest.json", 100),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_passed_over(damage, half, config, capsys):
+def test_a_damaged_checkpoint_is_skipped(damage, half, capsys):
     DAMAGE[damage](half / "checkpoint-6")
-    found, manifest = cv4ctrl.find_checkpoint(config(half))
+    found, manifest = cv4ctrl.find_checkpoint(half)
     assert (found.name, manifest["step"]) == ("checkpoint-3", 3)
-    assert "checkpoint-6 is passed over" in capsys.readouterr().err
+    assert f"skipping {half / 'checkpoint-6'}, which is damaged: " in capsys.readouterr().err
     DAMAGE[damage](half / "checkpoint-3")
     with pytest.raises(cv4ctrl.Failure, match="only damaged checkpoints") as ended:
-        cv4ctrl.find_checkpoint(config(half))
+        cv4ctrl.find_checkpoint(half)
     assert ended.value.code == 2
 
 
@@ -176,7 +232,7 @@ def test_a_disk_that_fills_up(run, words, half, undisturbed):
     )
     assert codes == [1, 1] and re.search("rank 1: .*File too large", only_line(text)), text
     assert list(cv4ctrl.checkpoints(half)) == [3, 6] and (half / ".checkpoint-6.tmp").exists()
-    assert goes_on(run, words(half), half, undisturbed).count("checkpoint-6 is passed over") == 1
+    assert goes_on(run, words(half), half, undisturbed).count("checkpoint-6, which is damaged") == 1
 
 
 def test_a_second_run_in_the_same_folder_is_refused(words, half, refused):
@@ -201,7 +257,7 @@ def test_nothing_is_unpickled(run, words, half, base, data, tmp_path):
     (half / "checkpoint-6" / "manifest.json").write_text(json.dumps(manifest | {"identity": {}}))  # of another base
     options = {"pretrained_model_name_or_path": base, "dataset_name": data, "encoded_dir": tmp_path / "cache"}
     codes, text = run(words(half, **options, train_batch_size=4, max_train_steps=7), world=1)
-    assert codes == [0] and "passed over" not in text and reached(half) == 7, text
+    assert codes == [0] and "damaged" not in text and reached(half) == 7, text
     assert not (tmp_path / "boom").exists()
     pickle.loads(bomb)
     assert (tmp_path / "boom").exists()  # it does go off
@@ -209,29 +265,34 @@ def test_nothing_is_unpickled(run, words, half, base, data, tmp_path):
 
 def nan_on_rank_1(argv, *bad):
     """Job: a run in which the loss of rank 1, and with it its gradient, is not a number in steps `bad`."""
-    batch_loss, trained = cv4ctrl.batch_loss, []
+    flow_matching_loss, trained = cv4ctrl.flow_matching_loss, []
 
     def sometimes_nan(*args):
-        loss = batch_loss(*args)
+        loss = flow_matching_loss(*args)
         trained.extend([1] * loss.requires_grad)
         return loss * float("nan") if cv4ctrl.RANK == 1 and loss.requires_grad and len(trained) in bad else loss
 
-    main_with(argv, batch_loss=sometimes_nan)
+    main_with(argv, flow_matching_loss=sometimes_nan)
 
 
 @pytest.mark.parametrize("optimizer", ["none", pytest.param("cpu", marks=OFFLOADED)])
 def test_nan_on_one_rank_is_skipped_by_all(optimizer, run, words, tmp_path):
-    """The step is skipped; ten in a row end the run."""
+    """The step is skipped, after which a run continues as if it had not been stopped; ten in a row end the run."""
     options = {"max_train_steps": 20, "checkpoints_total_limit": 0, "validation_steps": 20, "mixed_precision": "bf16"}
-    argv = words(tmp_path, **options, deepspeed_config=optimizer_on(optimizer, tmp_path))
-    codes, text = run(("test_faults.nan_on_rank_1", [argv, 3, *range(7, 20)]))
-    found = rows(tmp_path)
+    options |= {"deepspeed_config": optimizer_on(optimizer, tmp_path)}
+    codes, text = run(("test_faults.nan_on_rank_1", [words(tmp_path / "run", **options), 3, *range(7, 20)]))
+    found = rows(tmp_path / "run")
     assert [row["skipped"] for row in found] == [0, 0, 1, 1, 1, 1, *range(2, 12)]
     assert [row["step"] for row in found if row["loss"] is None] == [3, *range(7, 17)]
     assert codes == [1, 1] and "10 steps in a row" in only_line(text), text
-    kept = {step: weights(folder / "transformer") for step, folder in cv4ctrl.checkpoints(tmp_path).items()}
-    assert not same(kept[3], kept[6]) and same(kept[6], kept[15])
-    assert all(tensor.isfinite().all() for tensor in kept[15].values())
+    kept = cv4ctrl.checkpoints(tmp_path / "run")
+    learned = {step: weights(folder / "transformer") for step, folder in kept.items()}
+    assert not same(learned[3], learned[6]) and same(learned[6], learned[15])
+    assert all(tensor.isfinite().all() for tensor in learned[15].values())
+    shutil.copytree(kept[3], tmp_path / "again" / "checkpoint-3")
+    assert run(words(tmp_path / "again", **options | {"max_train_steps": 6}))[0] == [0, 0]
+    assert [row["skipped"] for row in rows(tmp_path / "again")] == [1, 1, 1]
+    assert same(state(tmp_path / "again" / "checkpoint-6"), state(kept[6]))
 
 
 @pytest.mark.parametrize("optimizer, world", [("none", 1), pytest.param("cpu", 2, marks=OFFLOADED)])

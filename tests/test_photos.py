@@ -9,20 +9,11 @@ import controlnet_aux
 import pytest
 import skimage
 import torch
-from diffusers import AutoencoderKL
-from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import load_image
 from PIL import Image
 
 import cv4ctrl
 
 FOLDER = Path(skimage.__file__).parent / "data"
-
-
-def edges(file, side):
-    """Canny edges of a photograph, made a square first."""
-    photo = load_image(str(file)).resize((side, side), Image.Resampling.LANCZOS)
-    return controlnet_aux.CannyDetector()(photo, 50, 200, detect_resolution=side, image_resolution=side)
 
 
 @pytest.fixture(scope="module")
@@ -38,39 +29,49 @@ def run(tmp_path_factory, device, flags):
     return folder / "run"
 
 
+@pytest.fixture(scope="module")
+def snippet(run, base, tmp_path_factory):
+    """The names that the README's inference snippet leaves, run on the run's weights and a photograph of 3:2."""
+    text = re.search(r"```python\n(.*?)```", Path(cv4ctrl.__file__).with_name("README.md").read_text(), re.S)[1]
+    file = tmp_path_factory.mktemp("snippet") / "cogview4.png"
+    for before, after in [  # paths, device, size and steps
+        ("pose-control", str(run)), ("THUDM/CogView4-6B", str(base)),
+        ("pose.jpg", str(FOLDER / "chelsea.png")), ("cogview4.png", str(file)),
+        ("cuda:0", "cpu"), ("1024", "64"), ("steps=50", "steps=2"),
+    ]:  # fmt: skip
+        assert before in text
+        text = text.replace(before, after)
+    names = {"file": file}
+    exec(compile(text, "README.md", "exec"), names)
+    return names
+
+
+def test_the_readmes_inference_snippet_runs_on_the_weights_of_a_run(snippet):
+    assert Image.open(snippet["file"]).size == (64, 64)
+
+
 @torch.no_grad()
-def test_controls_are_made_by_the_detector(run, base, device):
+def test_controls_are_made_as_the_readmes_snippet_makes_them(run, snippet, base, device):
+    """By the detector, of the photograph in its own shape; the edges become a square only then."""
     config = cv4ctrl.Config(**json.loads((run / "run.json").read_text())["config"])
     encoded = cv4ctrl.encode(config, base, cv4ctrl.open_dataset(config), device)
     lines = (run.with_name("train.jsonl")).read_text().splitlines()
-    (row,) = (row for row in (*encoded.train, *encoded.held_out) if "chelsea" in lines[row.id])
-    pixels = VaeImageProcessor(8).preprocess(edges(FOLDER / "chelsea.png", 64), 64, 64).bfloat16()
-    posterior = AutoencoderKL.from_pretrained(base / "vae", dtype=torch.bfloat16).encode(pixels).latent_dist
-    assert torch.equal(encoded.entry(row.control), posterior.parameters[0])
+    (row,) = (row for row in (*encoded.train, *encoded.held_out) if "chelsea" in lines[row.index])
+    wide, high = snippet["control_image"].size
+    assert wide > high
+    pipe = snippet["pipe"]
+    pixels = pipe.image_processor.preprocess(snippet["control_image"], 64, 64).bfloat16()
+    assert torch.equal(encoded.entry(row.control_key), pipe.vae.encode(pixels).latent_dist.parameters[0])
     assert Image.open(run / "validation/step-2.png").size[0] == 3 * 64  # control, generated, target
 
 
 def test_detectors_on_offer_take_our_arguments(flags, refused, tmp_path, monkeypatch):
-    offer = refused(flags(tmp_path / "out", control="x")).partition("one of ")[2].split(", ")
     classes = {name.lower(): kind for name, kind in vars(controlnet_aux).items() if inspect.isclass(kind)}
-    assert {"canny", "openpose", "midas"} <= set(offer)
-    for name in set(offer) - {"column"}:
+    assert {"canny", "openpose", "midas"} <= set(cv4ctrl.CONTROLS)
+    for name in set(cv4ctrl.CONTROLS) - {"column"}:
         detector = classes[f"{name.replace('_', '')}detector"]
         assert {"detect_resolution", "image_resolution"} <= inspect.signature(detector.__call__).parameters.keys(), name
         assert name == "canny" or hasattr(detector, "from_pretrained"), name
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     line = refused(flags(tmp_path / "out", control="openpose"))
     assert "--control openpose" in line and "lllyasviel/Annotators" in line and not (tmp_path / "out").exists()
-
-
-def test_the_readmes_inference_snippet_runs_on_a_checkpoint(run, base, tmp_path, monkeypatch):
-    snippet = re.search(r"```python\n(.*?)```", Path(cv4ctrl.__file__).with_name("README.md").read_text(), re.S)[1]
-    for before, after in [  # paths, device, size and steps
-        ("pose-control/checkpoint-10000", f"{run}/checkpoint-2"), ("THUDM/CogView4-6B", str(base)),
-        ("pose.jpg", str(FOLDER / "rocket.jpg")), ("cuda:0", "cpu"), ("1024", "64"), ("steps=50", "steps=2"),
-    ]:  # fmt: skip
-        assert before in snippet
-        snippet = snippet.replace(before, after)
-    monkeypatch.chdir(tmp_path)
-    exec(compile(snippet, "README.md", "exec"), {})
-    assert Image.open(tmp_path / "cogview4.png").size == (64, 64)

@@ -1,7 +1,8 @@
 """A CogView4 base and a data set, small enough for two CPU cores and made without a network.
 
-`python tests/tiny.py FOLDER [ROWS]` leaves FOLDER/data, parquet in the format of raulc0399/open_pose_controlnet:
-captioned coloured shapes, the control is their outline. tests/base is such a base that was trained (NOTES.md, 1)."""
+`python tests/demo/tiny.py FOLDER [ROWS]` leaves FOLDER/data, parquet in the format of raulc0399/open_pose_controlnet:
+captioned coloured shapes, the control is their outline. base/ beside this file is such a base that was trained
+(tests/bench/NOTES.md, 1)."""
 
 import io
 import json
@@ -78,7 +79,7 @@ def load(base):
     """Widened model of a base in fp32, with the installed attention."""
     import cv4ctrl
 
-    return cv4ctrl.load_transformer(Path(base, "transformer"), dtype=torch.float32, device=torch.device("cpu"))
+    return cv4ctrl.load_transformer(Path(base, "transformer"), torch.float32, torch.device("cpu"))
 
 
 def control_model(base):

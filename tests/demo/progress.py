@@ -1,4 +1,4 @@
-"""python tests/progress.py RUN PICTURE: a run's validation pictures side by side, all from the same noise."""
+"""python tests/demo/progress.py RUN PICTURE: a run's validation pictures side by side, all from the same noise."""
 
 import json
 import sys

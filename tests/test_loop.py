@@ -9,15 +9,16 @@ import socket
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import diffusers
 import pytest
+import tiny
 import torch
 from PIL import Image
 
 import cv4ctrl
-import tiny
-from ranks import launch, main_with, rows, same, shared_nursery, weights
+from ranks import launch, main_with, rows, same, shared_nursery, state, until, weights
 
 # With this epsilon rounding errors of gradients, which Adam divides by their own size, do not grow in weights.
 SIX = dict(max_train_steps=6, checkpointing_steps=3, validation_steps=2, proportion_empty_prompts=0.2,
@@ -40,7 +41,6 @@ def trained(tmp_path_factory, flags, encoded):
         "shipped": (2, SIX | SHIPPED),
         "seldom probed": (1, SIX | {"validation_steps": 100, "checkpointing_steps": 1}),
         "not moved": (1, still),
-        "upcast": (1, SIX | {"mixed_precision": "bf16", "upcast_before_saving": True}),
     }
 
     @functools.cache
@@ -69,7 +69,8 @@ def test_a_run_leaves_what_the_readme_says(trained):
     assert {file.name for file in run.iterdir()} == left | {"checkpoint-3", "checkpoint-6"}
     assert {file.name for file in (run / "checkpoint-6").iterdir()} == {"transformer", "state", "manifest.json"}
     manifest = json.loads((run / "checkpoint-6" / "manifest.json").read_text())
-    assert (manifest["step"], manifest["samples"], manifest["identity"]["seed"]) == (6, 24, 0)
+    resumed = {"step": 6, "skipped": 0, "evaluated": 6}
+    assert manifest.items() > resumed.items() and manifest["steps"] == 6 and manifest["identity"]["seed"] == 0
     files = {str(f.relative_to(run / "checkpoint-6")) for f in (run / "checkpoint-6").rglob("*") if f.is_file()}
     assert manifest["files"].keys() | {"manifest.json"} == files
     keys = {"step", "samples", "loss", "lr", "grad_norm", "samples_per_s", "skipped"}
@@ -118,10 +119,9 @@ def test_gradients_of_the_engine_equal_plain_autograd(flags, config, encoded, ba
     options = {"proportion_empty_prompts": 0.2, "train_batch_size": 2, "gradient_accumulation_steps": 2}
     launch(2, ("gradients", [flags(tmp_path / "run", **options), tmp_path / "gradients.safetensors"]))
     model = tiny.load(base)
-    shared = cv4ctrl.prepare(model, 64, torch.device("cpu"), torch.float32)
     stream = cv4ctrl.Stream(config(train_batch_size=8, proportion_empty_prompts=0.2), encoded, 0, 1)
     batch = stream.micro_batch(torch.device("cpu"), 0)
-    cv4ctrl.batch_loss(model, shared, batch).backward()
+    cv4ctrl.flow_matching_loss(cv4ctrl.VelocityModel(model, 64), batch).backward()
     found = weights(tmp_path)
     for name, parameter in model.named_parameters():
         assert (found[name] - parameter.grad).norm() < 1e-5 * parameter.grad.norm(), name
@@ -143,13 +143,14 @@ def test_a_killed_run_goes_on_bitwise_under_torchrun_and_deepspeed(name, launche
     command += flags(run, **SIX | (SHIPPED | {"recompute": "some"} if name == "shipped" else {}))  # all, until then
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    for folder in ("checkpoint-6/transformer", "checkpoint-6/state", "."):
+    for folder in ("checkpoint-6/transformer", "."):
         assert same(weights(run / folder), weights(trained(name) / folder)), folder
+    assert same(state(run / "checkpoint-6"), state(trained(name) / "checkpoint-6"))
     assert history(run, "step") == history(trained(name), "step")
     assert not list(run.glob(".checkpoint-*"))
 
 
-def test_a_longer_run_beside_old_shards_and_with_a_stale_address(copy, config, flags, tmp_path):
+def test_a_longer_run_beside_old_shards_and_with_a_stale_address(copy, flags, tmp_path):
     """It trains alone, tells that its schedule changes, and leaves weights that load; saving them anew is harmless."""
     for name in (".safetensors.index.json", "-00001-of-00002.safetensors"):
         (copy / f"diffusion_pytorch_model{name}").write_text("{}")
@@ -161,14 +162,54 @@ def test_a_longer_run_beside_old_shards_and_with_a_stale_address(copy, config, f
     assert same(dict(model.named_parameters()), weights(copy / "checkpoint-8" / "transformer"))
     model.register_to_config(sample_size=9)
     model.save_pretrained(copy)
-    assert cv4ctrl.find_checkpoint(config(copy))[0].name == "checkpoint-8"
+    assert cv4ctrl.find_checkpoint(copy)[0].name == "checkpoint-8"
 
 
-def test_upcast_exports_the_fp32_master_weights(trained):
-    exported = weights(trained("upcast"))
-    files = (trained("upcast") / "checkpoint-6" / "state").glob("*.safetensors")
-    assert same(exported, {file.stem: cv4ctrl.load_file(file)["fp32"] for file in files})
-    assert any(not tensor.equal(tensor.bfloat16().float()) for tensor in exported.values())
+def test_the_state_keeps_in_fp32_what_the_weights_round(trained):
+    last = trained("shipped") / "checkpoint-6"
+    kept = {name: tensor for (name, entry), tensor in state(last).items() if entry == "fp32"}
+    assert same({name: tensor.bfloat16() for name, tensor in kept.items()}, weights(last / "transformer"))
+    assert any(not tensor.equal(tensor.bfloat16().float()) for tensor in kept.values())
+
+
+def save_again(argv, folder):
+    """Job: continues a run and, instead of training, saves its state -> [parameters read, parameters written]."""
+    load_file, save_file, read, written = cv4ctrl.load_file, cv4ctrl.save_file, [], []
+
+    def reading(file):
+        read.extend([file.stem] if file.parent.name == "state" else [])
+        return load_file(file)
+
+    def writing(tensors, file):
+        """Ends only after the other rank has begun to write its file of the same round."""
+        written.append(file.stem)
+        begun = [Path(folder, f"begun-{len(written)}-{rank}") for rank in (cv4ctrl.RANK, 1 - cv4ctrl.RANK)]
+        begun[0].touch()
+        until(begun[1].exists, seconds=20)
+        save_file(tensors, file)
+
+    def train(engine, *_):
+        assert len(list(engine.module.parameters())) % 2 == 0  # each round has a file for either rank
+        cv4ctrl.save_state(engine, Path(folder, "state"))
+        raise StopIteration
+
+    main_with(argv, load_file=reading, save_file=writing, train=train)
+    return [read, written]
+
+
+def test_two_ranks_share_the_reading_and_the_writing_of_the_state(trained, flags, tmp_path):
+    """Of each other's parameters they read nothing; they write at the same time; the state is bitwise as before."""
+    argv = flags(shutil.copytree(trained("shipped"), tmp_path / "run"), **SIX | SHIPPED)
+    (tmp_path / "again").mkdir()
+    codes, text = shared_nursery().run(("test_loop.save_again", [argv, tmp_path / "again"]), 2, tmp_path / "log")
+    assert codes == [0, 0], text
+    before = state(tmp_path / "run" / "checkpoint-6")
+    assert same(state(tmp_path / "again"), before)
+    names = sorted({name for name, _ in before})
+    logs = [json.loads((tmp_path / "log" / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    (read, written), (other_read, other_written) = logs
+    assert sorted(written + other_written) == names
+    assert set(read + other_read) == set(names) and len(read + other_read) == len(names) + 1  # one is cut in two
 
 
 def test_probing_leaves_training_alone(trained):
@@ -180,7 +221,7 @@ def test_probing_leaves_training_alone(trained):
 
 def test_no_step_runs_an_encoder(flags, tmp_path):
     """Both are freed before the transformer is loaded, and not loaded again."""
-    job = ("test_training.watch_encoders", [flags(tmp_path / "run", encoded_dir=tmp_path / "cache")])
+    job = ("test_loop.watch_encoders", [flags(tmp_path / "run", encoded_dir=tmp_path / "cache")])
     assert launch(1, job) == [[0, [["vae", "text_encoder"], []]]]
 
 

@@ -1,9 +1,9 @@
 """Measures the trainer and its parts: a table for each section.
 
-    python tests/bench.py                                                  all sections, with the tiny base of tests/base
-    python tests/bench.py step bare --train_batch_size 8                   some of them, with any flags of cv4ctrl.py
-    python tests/bench.py reference --reference train_control_cogview4.py --in-proportion --resolution 256 --rows 48
-                                                                           against your own copy of diffusers' example
+    python tests/bench/bench.py                                 all sections, with the tiny base of tests/demo/base
+    python tests/bench/bench.py step bare --train_batch_size 8  some of them, with any flags of cv4ctrl.py
+    python tests/bench/bench.py reference --reference FILE --in-proportion --resolution 256 --rows 48
+                                                                against FILE, your copy of diffusers' example
 
 The functions of cv4ctrl.py that train are measured. Figures are medians, with quartiles in brackets, after a warm-up.
 Nothing is downloaded."""
@@ -24,8 +24,8 @@ from unittest import mock
 import pandas
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/demo")]
 
 import cv4ctrl  # noqa: E402
 import tiny  # noqa: E402
@@ -78,10 +78,10 @@ def timed(**targets):
         yield spent
 
 
-def timed_step(config, engine, shared, batches):
+def timed_step(config, engine, model, batches):
     """Seconds of an optimizer step; train_step waits for the device."""
     start = time.perf_counter()
-    cv4ctrl.train_step(engine, shared, batches, config, config.learning_rate)
+    cv4ctrl.train_step(engine, model, batches, config, config.learning_rate)
     return time.perf_counter() - start
 
 
@@ -92,7 +92,7 @@ class Bench:
         self.options = options
         self.device = cv4ctrl.start_ranks(60)
         self.folder = Path(folder)
-        base = tiny.make_base(f"{folder}/base", **PROPORTIONS) if options.in_proportion else ROOT / "tests" / "base"
+        base = tiny.make_base(f"{folder}/base", **PROPORTIONS) if options.in_proportion else ROOT / "tests/demo/base"
         words = f"--pretrained_model_name_or_path {base} --output_dir {folder}/out --probe_samples 0"
         words += " --lr_scheduler constant --num_validation_images 0 --recompute none"
         words += " --resolution 64 --train_batch_size 4 --mixed_precision no --dataloader_num_workers 1"
@@ -102,19 +102,19 @@ class Bench:
     def config(self, **changes):
         return cv4ctrl.resolve(dataclasses.replace(self.flags, **changes), 1)
 
-    def model(self, config):
-        """(transformer, shared arguments of its calls)."""
+    def transformer(self, config):
         dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-        model = cv4ctrl.load_transformer(self.base / "transformer", dtype=dtype, device=self.device)
-        cv4ctrl.recompute(model, config.recompute)
-        return model, cv4ctrl.prepare(model, config.resolution, self.device, dtype)
+        transformer = cv4ctrl.load_transformer(self.base / "transformer", dtype, self.device)
+        cv4ctrl.recompute(transformer, config.recompute)
+        return transformer
 
     def engine(self, config):
-        """(engine, shared arguments)."""
-        model, shared = self.model(config)
+        """(engine, VelocityModel through it)."""
+        transformer = self.transformer(config)
         settings = cv4ctrl.engine_settings(config)
-        config, *_ = cv4ctrl.fit_engine(config, settings, model, cv4ctrl.cards_of(config), TOKENS)
-        return cv4ctrl.start_engine(config, settings, model), shared
+        config, settings, *_ = cv4ctrl.fit_engine(config, settings, transformer, cv4ctrl.cards_of(), TOKENS)
+        engine = cv4ctrl.start_engine(config, settings, transformer)
+        return engine, cv4ctrl.VelocityModel(engine, config.resolution)
 
     def data(self, resolution, lengths=(TOKENS,)):
         """Folder of captioned shapes; lengths: of their captions in turn, in tokens."""
@@ -145,16 +145,16 @@ def section_step(bench):
     """parts of the trainer's step; logging is reading the figures from the device and writing their row"""
     config = bench.config()
     log = cv4ctrl.Log(config, 0, None)
-    engine, shared = bench.engine(config)
+    engine, model = bench.engine(config)
     bench.next = functools.partial(next, bench.batches(config))
     batches = iter(lambda: bench.next(), None)
-    parts = {"data wait": (bench, "next"), "forward": (cv4ctrl, "batch_loss")}
+    parts = {"data wait": (bench, "next"), "forward": (cv4ctrl, "flow_matching_loss")}
     parts |= {"backward": (engine, "backward"), "optimizer": (engine, "step")}
     steps = []
     for number in range(WARM_UP + bench.options.steps):
         with timed(**parts) as spent:
             start = time.perf_counter()
-            loss, norm, _ = cv4ctrl.train_step(engine, shared, batches, config, config.learning_rate)
+            loss, norm = cv4ctrl.train_step(engine, model, batches, config, config.learning_rate)
             log.write("train", number, {"samples": number, "loss": loss, "lr": 0.0, "grad_norm": norm})
             seconds = time.perf_counter() - start
         steps.append(spent | {"logging": seconds - sum(spent.values()), "all": seconds})
@@ -166,13 +166,14 @@ def section_step(bench):
 def section_bare(bench):
     """the trainer's step against forward + backward + AdamW on the same micro-batch without DeepSpeed, in turn"""
     config = bench.config()
-    model, shared = bench.model(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, fused=True)
+    transformer = bench.transformer(config)
+    model = cv4ctrl.VelocityModel(transformer, config.resolution)
+    optimizer = torch.optim.AdamW(transformer.parameters(), lr=config.learning_rate, fused=True)
     batch = next(bench.batches(config))
 
     def bare_step():
         start = now()
-        cv4ctrl.batch_loss(model, shared, batch).backward()
+        cv4ctrl.flow_matching_loss(model, batch).backward()
         optimizer.step()
         optimizer.zero_grad()
         return now() - start
@@ -183,7 +184,7 @@ def section_bare(bench):
 
 def section_recompute(bench):
     """a step with each value of --recompute, in turn"""
-    configs = [bench.config(recompute=choice) for choice in cv4ctrl.RECOMPUTE]
+    configs = [bench.config(recompute=choice) for choice in cv4ctrl.KEPT_PER_BLOCK]
     frame = bench.times(
         *(functools.partial(timed_step, one, *bench.engine(one), bench.batches(one)) for one in configs)
     )
@@ -193,7 +194,7 @@ def section_recompute(bench):
 
 
 def section_mixed(bench):
-    """captions of 16 to 64 tokens in one micro-batch, padded and masked, against as many of the longest, in turn"""
+    """captions of 16 to 64 tokens in a micro-batch, four runs of attention, against as many of the longest, in turn"""
     config = bench.config()
     step = functools.partial(timed_step, config, *bench.engine(config))
     steps = [functools.partial(step, bench.batches(config, lengths)) for lengths in ((64, 48, 32, 16), (64,))]
@@ -202,7 +203,7 @@ def section_mixed(bench):
 
 def section_encode(bench):
     """encoding into a fresh cache; share of the time inside VAE and text encoder, of all and without loading them"""
-    parts = {"VAE": (cv4ctrl.diffusers.AutoencoderKL, "encode"), "loop": (cv4ctrl, "encode_rows")}
+    parts = {"VAE": (cv4ctrl.diffusers.AutoencoderKL, "encode"), "loop": (cv4ctrl, "encode_share")}
     parts |= {"text": (cv4ctrl.diffusers.CogView4ControlPipeline, "encode_prompt"), "all": (cv4ctrl, "encode")}
     parts["loading"] = (cv4ctrl, "load_encoders")
     measured = []
@@ -223,18 +224,16 @@ def section_reference(bench):
     names = ("pretrained_model_name_or_path", "dataset_name", "resolution", "train_batch_size", "mixed_precision",
              "max_train_steps", "dataloader_num_workers")  # fmt: skip
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    parts = {name: (cv4ctrl, name) for name in ("fine_tune", "train", "save_checkpoint")}
+    whole = ("encode", "load_transformer", "start_engine", "train")
+    parts = {name: (cv4ctrl, name) for name in (*whole, "save_checkpoint")}
     load, measured = cv4ctrl.load_encoders, []
     for n, visits in itertools.product(range(bench.options.repeats), VISITS):
         steps = visits * bench.options.rows // bench.flags.train_batch_size
         config = dataclasses.replace(bench.flags, dataset_name=data, max_train_steps=steps)
         words = [str(word) for name in names for word in (f"--{name}", getattr(config, name))]
-        words += [
-            "--output_dir",
-            f"{bench.folder}/example",
-            *["--gradient_checkpointing"] * (config.recompute != "none"),
-        ]
-        command = [sys.executable, f"{ROOT}/tests/reference.py", bench.options.reference, *words]
+        words += ["--output_dir", f"{bench.folder}/example"]
+        words += ["--gradient_checkpointing"] if config.recompute != "none" else []
+        command = [sys.executable, f"{ROOT}/tests/bench/reference.py", bench.options.reference, *words]
         done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.object(cv4ctrl.dist, "destroy_process_group"))
@@ -243,7 +242,7 @@ def section_reference(bench):
                 stack.enter_context(mock.patch.object(cv4ctrl, "load_encoders", in_fp32))
             spent = stack.enter_context(timed(**parts))
             cv4ctrl.run(dataclasses.replace(config, output_dir=f"{bench.folder}/run-{n}-{visits}"))
-        ours = [spent[part] - spent["save_checkpoint"] for part in ("fine_tune", "train")]
+        ours = [sum(map(spent.get, named)) - spent["save_checkpoint"] for named in (whole, ["train"])]
         measured.append([visits, steps * config.train_batch_size, float(done.stdout.split()[-1]), *ours])
     columns = ["example", "trainer, encoding included", "trainer, steps alone"]
     for visits, frame in pandas.DataFrame(measured, columns=["visits", "samples", *columns]).groupby("visits"):

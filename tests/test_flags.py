@@ -1,0 +1,267 @@
+"""Flags, ds_config.json and where they contradict: a mistake is one line and exit code 2, and nothing is written."""
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import typing
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import cv4ctrl
+import tiny
+from test_fp16_rejection import engine_file
+
+ROOT = Path(__file__).parents[1]
+FLAGS = cv4ctrl.Config.__dataclass_fields__
+EXAMPLE = """pretrained_model_name_or_path variant revision output_dir cache_dir seed resolution max_sequence_length
+train_batch_size num_train_epochs max_train_steps checkpointing_steps checkpoints_total_limit resume_from_checkpoint
+proportion_empty_prompts gradient_accumulation_steps gradient_checkpointing learning_rate scale_lr lr_scheduler
+lr_warmup_steps lr_num_cycles lr_power dataloader_num_workers adam_beta1 adam_beta2 adam_weight_decay adam_epsilon
+max_grad_norm logging_dir allow_tf32 report_to mixed_precision dataset_name dataset_config_name image_column
+conditioning_image_column caption_column max_train_samples validation_prompt validation_image num_validation_images
+validation_steps tracker_project_name jsonl_for_train only_target_transformer_blocks guidance_scale
+upcast_before_saving weighting_scheme logit_mean logit_std mode_scale offload log_dataset_samples push_to_hub
+hub_model_id use_8bit_adam hub_token""".split()
+REFUSED = """revision max_train_samples num_train_epochs weighting_scheme logit_mean logit_std use_8bit_adam hub_token
+push_to_hub hub_model_id only_target_transformer_blocks variant log_dataset_samples scale_lr allow_tf32
+cache_dir logging_dir upcast_before_saving tracker_project_name lr_num_cycles lr_power mode_scale""".split()
+
+
+def test_every_flag_of_the_example_is_taken_or_refused_by_name(refused):
+    assert len(set(EXAMPLE)) == 58 and set(EXAMPLE) - FLAGS.keys() == set(REFUSED)
+    for name in set(EXAMPLE) - set(REFUSED):
+        choices = typing.get_args(FLAGS[name].type) or (FLAGS[name].type,)
+        value = {bool: True, int: 3, float: 0.5, str: "x"}.get(choices[0], choices[-1])
+        value = ["x", "y"] if name in ("validation_image", "validation_prompt") else value
+        words = {bool: [], list: value}.get(type(value), [str(value)])
+        for flag in (f"--{name}", f"--{name.replace('_', '-')}"):
+            assert getattr(cv4ctrl.parse([flag, *words]), name) == value, name
+    for name in REFUSED:
+        for words in ([f"--{name}"], [f"--{name}", "secret"], [f"--{name.replace('_', '-')}=secret"]):
+            line = refused(words)
+            assert words[0].split("=")[0] in line and "README" in line and "secret" not in line
+
+
+def test_flags_of_the_example_mean_here_what_they_mean_there(config):
+    assert config(gradient_checkpointing=True).recompute == "all" and config().recompute == "auto"
+    assert config(offload=True, resume_from_checkpoint="latest") == dataclasses.replace(config(), offload=True)
+
+
+def test_defaults_are_the_recipe_of_the_original_document():
+    recipe = {"learning_rate": 5e-5, "adam_weight_decay": 1e-4, "lr_scheduler": "cosine", "lr_warmup_steps": 1000}
+    recipe |= {"train_batch_size": 8, "mixed_precision": "bf16", "resolution": 1024, "recompute": "auto"}
+    assert {name: FLAGS[name].default for name in recipe} == recipe
+    assert cv4ctrl.resolve(cv4ctrl.Config(total_batch_size=128), 8).gradient_accumulation_steps == 2
+
+
+@pytest.mark.parametrize("argv, words", [
+    ("--no_such_flag", "no_such_flag"), ("extra", "extra"), ("--train_batch 4", "unknown --train_batch"),
+    ("--config_file=accelerate_ds.yaml", "config_file"), ("--num_processes 8", "num_processes"),
+    ("--train_batch_size many", "train_batch_size many"), ("--train_batch_size 0", "train_batch_size 1"),
+    ("--lr_scheduler zigzag", "lr_scheduler zigzag"), ("--report_to comet_ml", "comet_ml tensorboard"),
+    ("--control x", "control openpose"), ("--recompute half", "recompute some"),
+    (f"--seed {2**64}", "seed"), ("--learning_rate nan", "learning_rate"), ("--learning_rate -1", "learning_rate"),
+    ("--adam_beta2 1", "adam_beta2"),
+    ("--max_train_steps 0", "max_train_steps"),
+    ("--timeout_minutes 0", "timeout_minutes"),
+    ("--resolution 1000", "resolution 16"), ("--proportion_empty_prompts 1.5", "proportion_empty_prompts 1"),
+    ("--total_batch_size 6", "total_batch_size 6"),
+    ("--total_batch_size 8 --gradient_accumulation_steps 4", "total_batch_size 8 accumulation 4"),
+    ("--output_dir=", "output_dir"), ("--dataset_name=", "dataset_name"),
+    ("--deepspeed_config /nowhere/ds.json", "/nowhere/ds.json"), ("--deepspeed_config README.md", "README.md JSON"),
+    ("--dataset_name /nowhere/data", "/nowhere/data"), ("--jsonl_for_train x.jsonl", "dataset_name jsonl_for_train"),
+    (f"--jsonl_for_train /nowhere.jsonl --dataset_name {FLAGS['dataset_name'].default}", "/nowhere.jsonl"),
+    ("--image_column photo", "photo image conditioning_image text"), ("--caption_column prompt", "prompt text"),
+    ("--conditioning_image_column pose", "pose conditioning_image"),
+    ("--pretrained_model_name_or_path /nowhere/base", "pretrained_model_name_or_path /nowhere/base"),
+    ("--pretrained_model_name_or_path no/base", "no/base offline"),
+    ("--output_dir /dev/null/out", "/dev/null/out"), ("--encoded_dir /dev/null/out", "/dev/null/out"),
+    ("--resume_from_checkpoint checkpoint-7", "resume_from_checkpoint latest"),
+])  # fmt: skip
+def test_bad_input_is_refused_in_one_line_and_nothing_is_written(argv, words, flags, refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(cv4ctrl.huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(cv4ctrl, "start_ranks", lambda *_: pytest.fail("training would begin"))
+    monkeypatch.chdir(ROOT)
+    line = refused([*flags(tmp_path / "out", encoded_dir=None), *argv.split()])
+    assert all(word in line for word in words.split()), line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("setting", [
+    'optimizer = {"type": "AdamW", "params": {"amsgrad": true}}', 'scheduler = {"type": "WarmupLR"}',
+    'zero_optimization.zenflow = {"topk_ratio": 0.1}', "sequence_parallel_size = 2", "bf16 = true",
+    'tensor_parallel = {"autotp_size": 2}', 'data_efficiency = {"data_routing": {"random_ltd": {"enabled": true}}}',
+    'comet = {"enabled": true}', "prescale_gradients = true", "bf16.check_grad_overflow = false",
+    'zero_optimisation = {"stage": 2}', "zero_optimization = true", 'zero_optimization.stage = "auto"',
+    *(f"zero_optimization.stage = {stage}" for stage in ("0", "3", "7", "true", '"2"', "2.0")),
+    "zero_optimization.cpu_offload = true",
+    'zero_optimization.offload_param = {"device": "cpu"}', 'zero_optimization.offload_optimizer.device = "nvme"',
+    'zero_optimization.offload_optimizer = "cpu"', 'zero_optimization.offload_optimizer.pin_memory = "perhaps"',
+    'zero_optimization.reduce_bucket_size = "many"', 'zero_optimization.reduce_bucket_size = "auto"',
+    "zero_optimization.reduce_bucket_size = 67108863", "zero_optimization.reduce_bucket_size = 5e8",
+    'zero_optimization.overlap_comm = "auto"', 'wall_clock_breakdown = "maybe"', "steps_per_print = null",
+])  # fmt: skip
+def test_what_is_not_known_to_train_right_is_refused_by_name(setting, flags, refused, tmp_path):
+    """Other optimizers and stages, features of DeepSpeed that train wrongly, values of a wrong type."""
+    name, _, value = setting.partition(" = ")
+    file = engine_file(tmp_path, name, json.loads(value))
+    line = refused([*flags(tmp_path / "out", deepspeed_config=file), "--dry_run"])
+    assert f"ds.json: {name}" in line and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name, value", [
+    ("train_micro_batch_size_per_gpu", 4), ("train_batch_size", 4), ("gradient_accumulation_steps", 1),
+    ("gradient_clipping", 1.0), ("gradient_clipping", "1.0"), ("bf16.enabled", False),
+])  # fmt: skip
+def test_what_a_flag_decides_must_be_auto_in_the_file_even_if_they_agree(name, value, flags, refused, tmp_path):
+    line = refused(flags(tmp_path / "out", deepspeed_config=engine_file(tmp_path, name, value)))
+    assert f"{name} = {json.dumps(value)}" in line and "auto" in line
+
+
+def test_the_engine_gets_what_flags_and_file_say_and_the_shipped_values_for_the_rest(config, tmp_path):
+    options = dict(world=2, total_batch_size=16, mixed_precision="bf16", max_grad_norm=0.5)
+    file = engine_file(tmp_path, "zero_optimization", {"stage": 1, "reduce_bucket_size": 10**8})
+    shipped = cv4ctrl.engine_settings(config(**options))
+    settings = cv4ctrl.engine_settings(config(**options, deepspeed_config=file))
+    assert (settings["train_micro_batch_size_per_gpu"], settings["train_batch_size"]) == (4, 16)
+    assert (settings["gradient_accumulation_steps"], settings["gradient_clipping"]) == (2, 0.5)
+    assert settings["bf16"] == {"enabled": True, "check_grad_overflow": True}
+    assert json.dumps(settings).count('"auto"') == 1  # offloading, which depends on model and cards
+    zero, of_shipped = (found.pop("zero_optimization") for found in (settings, shipped))
+    assert settings == shipped and zero == of_shipped | {"stage": 1, "reduce_bucket_size": 10**8}
+
+
+def test_a_ds_config_in_the_working_folder_is_not_taken(flags, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ds_config.json").write_text('{"zero_optimization": {"stage": 1}}')
+    cv4ctrl.main([*flags("out"), "--dry_run"])
+    assert "; ZeRO-2\n" in capsys.readouterr().out
+    cv4ctrl.main([*flags("out", deepspeed_config="ds_config.json"), "--dry_run"])
+    assert "; ZeRO-1\n" in capsys.readouterr().out
+
+
+@pytest.fixture()
+def folder(tmp_path, monkeypatch):
+    """A working folder with two pictures."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (64, 64)).save(name)
+
+
+@pytest.mark.parametrize("images, prompts, said", [
+    (["a.png", "gone.png"], ["x", "y"], "gone.png"), (["a.png"], [], "--validation_prompt"),
+    ([], ["x"], "--validation_image"), (["a.png", "b.png"], ["x", "y", "z"], "as many"),
+    (["a.png", "b.png", "a.png"], ["x", "y"], "as many"), (["."], ["x"], "no such file"),
+])  # fmt: skip
+@pytest.mark.parametrize("more", ["--dry_run", "--offload"])  # the second one would begin
+def test_validation_cases_that_do_not_fit_are_refused(images, prompts, said, more, folder, flags, refused, monkeypatch):
+    monkeypatch.setattr(cv4ctrl, "start_ranks", lambda *_: pytest.fail("training would begin"))
+    cases = {"validation_image": images or None, "validation_prompt": prompts or None}
+    assert said in refused([*flags("out", encoded_dir=None, **cases), more])
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("images, prompts, cases", [
+    (["a.png", "b.png"], ["x", "y"], [("a.png", "x"), ("b.png", "y")]), (["b.png"], [""], [("b.png", "")]),
+    (["a.png", "b.png"], ["x"], [("a.png", "x"), ("b.png", "x")]), ([], [], []),
+    (["a.png"], ["x", "y"], [("a.png", "x"), ("a.png", "y")]),
+])  # fmt: skip
+def test_one_picture_or_one_prompt_serves_all_validation_cases(images, prompts, cases, folder, flags):
+    given = {"validation_image": images or None, "validation_prompt": prompts or None}
+    argv = [*flags("out", **given), "--dry_run"]
+    cv4ctrl.main(argv)
+    assert cv4ctrl.validation_cases(cv4ctrl.parse(argv)) == cases
+
+
+def test_an_output_folder_that_is_a_link_to_nothing(flags, refused, tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    assert f"{tmp_path}/out" in refused(flags(tmp_path / "out")) and not (tmp_path / "nowhere").exists()
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named(flags, refused, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(cv4ctrl.datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    line = refused(flags(tmp_path / "out", dataset_name=tiny.make_data(tmp_path / "data", 48)))
+    assert str(tmp_path / "file") in line
+
+
+def test_an_empty_data_set_and_a_base_without_parts(flags, refused, base, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    for text, words in (("", "empty"), ('{"image": 1}\nnot json\n', "rows.jsonl"), ("[1]\n", "rows.jsonl")):
+        file.write_text(text)
+        line = refused(flags(tmp_path / "out", dataset_name=None, jsonl_for_train=file))
+        assert "rows.jsonl" in line and words in line
+    other = shutil.copytree(base, tmp_path / "other")
+    words = flags(tmp_path / "out", pretrained_model_name_or_path=other)
+    (other / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    assert "safetensors" in refused(words)
+    index = other / "model_index.json"
+    index.write_text(index.read_text().replace('"CogView4', '"Flux'))
+    assert "of CogView4" in refused(words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file, names", [
+    ("scheduler/scheduler_config.json", "num_train_timesteps use_dynamic_shifting time_shift_type shift base_shift "
+                                        "max_shift base_image_seq_len"),
+    ("vae/config.json", "latent_channels scaling_factor shift_factor"),
+    ("transformer/config.json", "in_channels out_channels patch_size"),
+])  # fmt: skip
+def test_a_base_that_is_not_like_cogview4_is_refused(file, names, flags, refused, base, tmp_path):
+    """Its training would run without an error and be wrong. So for the transformer of --transformer."""
+    other = shutil.copytree(base, tmp_path / "other", ignore=shutil.ignore_patterns("*.safetensors"))
+    true = json.loads((other / file).read_text())
+    words = flags(tmp_path / "out", pretrained_model_name_or_path=other)
+    if file.startswith("transformer"):
+        words += flags(tmp_path / "out", transformer=other / "transformer")
+    for name in names.split():
+        for settings in (true | {name: 0.3}, {key: true[key] for key in true if key != name}):
+            (other / file).write_text(json.dumps(settings))
+            assert f"{file} says {name} = {settings.get(name)}" in refused([*words, "--dry_run"])
+
+
+def test_dry_run_sees_what_it_would_continue_from_and_writes_nothing(flags, refused, tmp_path, capsys):
+    argv = [*flags(tmp_path / "out", encoded_dir=None), "--dry_run"]
+    cv4ctrl.main(argv)
+    assert "2 of 4 samples, 0 done; 48 rows;" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    folder = tmp_path / "out" / "checkpoint-7"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"step": 7, "files": {}, "identity": {"seed": 0}}))
+    cv4ctrl.main(argv)
+    assert "2 of 4 samples, 7 done;" in capsys.readouterr().out
+    assert "seed was 0 and is 1" in refused([*argv, "--seed", 1])
+
+
+def test_commands_of_the_readme_are_understood(folder):
+    """Their flags, and those of run.sh, which passes its own on to the same parser."""
+    texts = [(ROOT / name).read_text().replace("\\\n", " ") for name in ("README.md", "run.sh")]
+    start = r"(?:\w+=\S+ )*(?:(?:deepspeed|torchrun|python)\b.*?cv4ctrl\.py|bash run\.sh(?! demo| test)\b)([^#\n]*)"
+    commands = re.findall(f"^{start}", texts[0], re.MULTILINE)
+    assert len(commands) >= 5
+    recipe = texts[1].rsplit('cv4ctrl.py"', 1)[1].replace('"$@"', "")
+    for command in [recipe, *commands]:
+        if "--help" not in command:
+            config = cv4ctrl.parse([word for word in shlex.split(command) if word != "[flags]"])
+            for image in config.validation_image or []:
+                Path(image).touch()
+            cv4ctrl.check(config)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would begin")
+def test_the_recipe_needs_a_gpu():
+    env = {name: value for name, value in os.environ.items() if name != "NUM_GPUS"} | {"HOSTFILE": "/nowhere"}
+    done = subprocess.run(["bash", "run.sh"], cwd=ROOT, capture_output=True, text=True, env=env, timeout=60)
+    assert done.returncode == 2 and "bash run.sh demo" in done.stderr and not done.stdout
+
+
+def test_files_that_the_readme_names_are_there():
+    text = (ROOT / "README.md").read_text()
+    named = set(re.findall(r"tests/[\w/.-]*\w|cv4ctrl\.py|ds_config\.json|run\.sh|requirements\.txt", text))
+    assert len(named) > 5 and all((ROOT / name).exists() for name in named), named

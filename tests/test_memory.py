@@ -1,0 +1,251 @@
+"""The plan: memory against the true shape on fake tensors and against a real engine, decisions, printed figures."""
+
+import contextlib
+import json
+import math
+import shutil
+import types
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import cv4ctrl
+import tiny
+from ranks import launch
+from test_fp16_rejection import engine_file
+
+TRUE_SHAPE = dict(
+    num_layers=28, num_attention_heads=32, attention_head_dim=128, text_embed_dim=4096, time_embed_dim=512
+)
+TRUE_SHAPE |= dict(condition_dim=256, patch_size=2, in_channels=16, out_channels=16)
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of storages that operations make, from their making until nobody holds them."""
+
+    def __init__(self, *given):
+        super().__init__()
+        self.known = {tensor.untyped_storage()._cdata for tensor in tree_leaves(given) if torch.is_tensor(tensor)}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        made = op(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if torch.is_tensor(tensor) and tensor.device.type != "meta":
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.known:  # else it is a view, or was written in place
+                    self.change(storage._cdata, storage.nbytes())
+                    weakref.finalize(storage, self.change, storage._cdata, -storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return made
+
+    def change(self, key, size):
+        self.known ^= {key}
+        self.now += size
+
+
+def batch_of(config, lengths, text_dim):
+    """A micro-batch as collate makes it, with captions of these lengths."""
+    size, side = config.train_batch_size, config.resolution // 8
+    batch = {name: torch.zeros(size, 16, side, side) for name in ("latents", "control", "noise")}
+    prompts = [torch.zeros(length, text_dim, dtype=torch.bfloat16) for length in lengths]
+    return batch | {"timestep": torch.ones(size), "prompts": prompts}
+
+
+@pytest.fixture(scope="module")
+def cogview(base, tmp_path_factory):
+    """CogView4-6B as far as a plan reads it: configurations and a tokenizer, no weights."""
+    folder = tmp_path_factory.mktemp("plan") / "CogView4-6B"
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "transformer" / "config.json").write_text(json.dumps(TRUE_SHAPE))
+    return folder
+
+
+@pytest.mark.parametrize("recompute, lengths, resolution, precision", [
+    *((recompute, [128], 1024, "bf16") for recompute in cv4ctrl.KEPT_PER_BLOCK), ("all", 8 * [1024], 1024, "bf16"),
+    *((recompute, 8 * [128], 1024, "bf16") for recompute in ("none", "some", "most")), ("none", 4 * [224], 512, "no"),
+    ("none", [16, 64, 64, 128], 1024, "bf16"),
+])  # fmt: skip
+def test_activations_of_cogview4(recompute, lengths, resolution, precision, cogview):
+    """One forward and backward pass on tensors without data; gradients are freed once summed, as ZeRO-2 does it."""
+    config = cv4ctrl.Config(train_batch_size=len(lengths), resolution=resolution, mixed_precision=precision)
+    network = cv4ctrl.empty_transformer(cogview / "transformer")
+    cv4ctrl.recompute(network, recompute)
+    with FakeTensorMode():
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        weights = {name: torch.empty(weight.shape, dtype=dtype) for name, weight in network.named_parameters()}
+        network.load_state_dict(weights, assign=True)
+        for weight in network.parameters():
+            weight.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
+        model = cv4ctrl.VelocityModel(network, resolution)
+        inputs = batch_of(config, lengths, 4096)
+        with Live(list(network.parameters()), model.constant, inputs) as live:
+            cv4ctrl.flow_matching_loss(model, inputs).backward()
+    zero = {"stage": 2, "reduce_bucket_size": 0, "offload_optimizer": {"device": "none"}}
+    costs, _ = cv4ctrl.cost_of_step(config, zero, network, cv4ctrl.Cards(1, "", 80e9, 1), max(lengths))
+    assert live.now == 0 and costs[recompute]["activations"] == pytest.approx(live.peak, rel=0.06)
+
+
+@pytest.mark.parametrize("world, stage", [(1, 1), (1, 2), (2, 2), (2, 1)])
+def test_memory_of_a_step_of_a_real_engine(world, stage, flags):
+    ((_, (planned, measured)),) = launch(
+        world, ("test_memory.measure", [flags("unused", mixed_precision="bf16", train_batch_size=1), stage])
+    )
+    assert planned == pytest.approx(measured, rel=0.05)
+
+
+def measure(argv, stage):
+    """On each rank -> [bytes planned for a step, bytes at its peak].
+
+    The buckets hold just the largest weight, so that weights, gradients and Adam's state are most of it."""
+    device = cv4ctrl.start_ranks(30)
+    config = cv4ctrl.resolve(cv4ctrl.parse(argv), cv4ctrl.WORLD)
+    folder = Path(config.pretrained_model_name_or_path, "transformer")
+    largest = max(weight.numel() for weight in cv4ctrl.empty_transformer(folder).parameters())
+    settings = cv4ctrl.engine_settings(config)
+    settings["zero_optimization"] |= {"stage": stage, "reduce_bucket_size": largest, "allgather_bucket_size": largest}
+    with Live() as live:
+        network = cv4ctrl.load_transformer(folder, torch.bfloat16, device)
+        cards = cv4ctrl.Cards(cv4ctrl.WORLD, "CPU", math.inf, 0)
+        config, settings, costs, _ = cv4ctrl.fit_engine(config, settings, network, cards, 16)
+        cv4ctrl.recompute(network, config.recompute)
+        engine = cv4ctrl.start_engine(config, settings, network)
+        model = cv4ctrl.VelocityModel(engine, config.resolution)
+        live.peak = live.now
+        batch = batch_of(config, [16] * config.train_batch_size, 32)
+        cv4ctrl.train_step(engine, model, iter([batch]), config, 1e-3)
+    return [sum(costs[config.recompute].values()), live.peak]
+
+
+CARDS = {"A100-40GB": 42.4e9, "A100-80GB": 85e9, "H200-141GB": 150e9}  # bytes as PyTorch reports them
+
+
+# GB of a card at 1024 px with 128 tokens. 6.37 billion weights take 12.7 in bf16, buckets 0.5 (8 bytes for each number
+# of the largest weight, 67 million), fp32 gradients 25.5 / N on N cards, and unless they are offloaded fp32 weights and
+# Adam's moments 76.4 / N. 0.9 of a card can be used: 38.2, 76.5, 135.0. What remains for activations is in the
+# table, without offloading and with it. They take with 1, 4, 8 samples: none 21.9, 86.2, 172.0; some 7.8, 30.2, 59.9;
+# most 4.1, 15.2, 30.0; all 2.2, 7.7, 15.1. Offloading is last: it costs more than to recompute.
+@pytest.mark.parametrize("number, card, left, left_offloaded, with_1, with_4, with_8", [
+    (1, "A100-40GB", -77.0, -0.6, "all/cpu", "all/cpu", "all/cpu"),  # does not fit at all: refused by check_machine
+    (1, "A100-80GB", -38.7, 37.7, "none/cpu", "some/cpu", "most/cpu"),  # offloaded in any case: 21.9, 30.2, 30.0 fit
+    (1, "H200-141GB", 19.8, 96.2, "some/none", "most/none", "all/none"),  # 7.8, 15.2, 15.1 fit, so none is offloaded
+    (2, "A100-40GB", -26.0, 12.2, "some/cpu", "all/cpu", "all/cpu"),  # 7.8, 7.7 fit; 15.1 does not: refused
+    (2, "A100-80GB", 12.3, 50.5, "some/none", "all/none", "most/cpu"),  # 7.8, 7.7 fit; 15.1 only offloaded, 30.0 then
+    (2, "H200-141GB", 70.8, 109.0, "none/none", "some/none", "some/none"),  # 21.9, 30.2, 59.9 fit
+    (4, "A100-40GB", -0.6, 18.5, "some/cpu", "most/cpu", "all/cpu"),  # offloaded in any case: 7.8, 15.2, 15.1 fit
+    (4, "A100-80GB", 37.7, 56.8, "none/none", "some/none", "most/none"),  # 21.9, 30.2, 30.0 fit
+    (4, "H200-141GB", 96.2, 115.3, "none/none", "none/none", "some/none"),  # 21.9, 86.2, 59.9 fit
+    (8, "A100-40GB", 12.2, 21.7, "some/none", "all/none", "all/cpu"),  # 7.8, 7.7 fit; 15.1 only offloaded, 30.0 never
+    (8, "A100-80GB", 50.5, 60.0, "none/none", "some/none", "most/none"),  # 21.9, 30.2, 30.0 fit; 59.9 does not
+    (8, "H200-141GB", 109.0, 118.5, "none/none", "none/none", "some/none"),  # 21.9, 86.2, 59.9 fit
+    (64, "A100-40GB", 23.3, 24.5, "none/none", "most/none", "all/none"),  # 21.9, 15.2, 15.1 fit
+    (64, "A100-80GB", 61.6, 62.8, "none/none", "some/none", "some/none"),  # 21.9, 30.2, 59.9 fit
+    (64, "H200-141GB", 120.1, 121.3, "none/none", "none/none", "some/none"),  # 21.9, 86.2, 59.9 fit
+])  # fmt: skip
+def test_what_is_given_up(number, card, left, left_offloaded, with_1, with_4, with_8, cogview, config):
+    cards = cv4ctrl.Cards(number, card, CARDS[card], 0)
+    model = cv4ctrl.empty_transformer(cogview / "transformer")
+    for batch, expected in ((1, with_1), (4, with_4), (8, with_8)):
+        one = config(world=number, train_batch_size=batch, resolution=1024, mixed_precision="bf16")
+        chosen, settings, costs, _ = cv4ctrl.fit_engine(one, cv4ctrl.engine_settings(one), model, cards, 128)
+        device = settings["zero_optimization"]["offload_optimizer"]["device"]
+        assert f"{chosen.recompute}/{device}" == expected
+        memory = costs[chosen.recompute]
+        room = 0.9 * cards.memory - (sum(memory.values()) - memory["activations"])
+        assert room / 1e9 == pytest.approx(left if device == "none" else left_offloaded, abs=0.1)
+
+
+@pytest.mark.parametrize("memory, asked, offload, expected", [
+    (80e9, "none", "auto", "none/cpu"), (80e9, "auto", "none", "all/none"), (80e9, "auto", "cpu", "some/cpu"),
+    (80e9, "most", "none", "most/none"),  # too much, which is check_machine's to refuse
+    (math.inf, "auto", "auto", "all/none"), (math.inf, "some", "auto", "some/none"),  # a device of unknown memory
+])  # fmt: skip
+def test_what_is_said_is_done(memory, asked, offload, expected, cogview, config, tmp_path):
+    file = engine_file(tmp_path, "zero_optimization.offload_optimizer.device", offload)
+    options = {"recompute": asked, "mixed_precision": "bf16", "resolution": 1024, "deepspeed_config": file}
+    config = config(world=2, **options)
+    model = cv4ctrl.empty_transformer(cogview / "transformer")
+    cards = cv4ctrl.Cards(2, "", memory, 0)
+    chosen, settings, *_ = cv4ctrl.fit_engine(config, cv4ctrl.engine_settings(config), model, cards, 128)
+    assert f"{chosen.recompute}/{settings['zero_optimization']['offload_optimizer']['device']}" == expected
+
+
+def test_every_bucket_that_is_taken_holds_the_largest_weight_of_cogview4(cogview, config, tmp_path):
+    largest = max(weight.numel() for weight in cv4ctrl.empty_transformer(cogview / "transformer").parameters())
+    assert cv4ctrl.engine_settings(config())["zero_optimization"]["reduce_bucket_size"] >= largest
+    file = engine_file(tmp_path, "zero_optimization.reduce_bucket_size", largest - 1)
+    with pytest.raises(cv4ctrl.Failure, match="reduce_bucket_size"):
+        cv4ctrl.engine_settings(config(deepspeed_config=file))
+
+
+@pytest.mark.parametrize("memory, device, compiler, said", [
+    (72.1e9, "none", "g++", "a step takes 100% of a card's memory"), (72e9, "cpu", None, "DeepSpeed needs g++"),
+    (72e9, "none", None, None), (72e9, "cpu", "g++", None),
+])  # fmt: skip
+def test_what_cannot_run_is_refused(memory, device, compiler, said, config, cogview, monkeypatch):
+    monkeypatch.setattr(cv4ctrl.shutil, "which", lambda name: compiler)
+    settings = {"zero_optimization": {"offload_optimizer": {"device": device}}}
+    model = cv4ctrl.empty_transformer(cogview / "transformer")
+    with pytest.raises(cv4ctrl.Failure, match=said) if said else contextlib.nullcontext():
+        cv4ctrl.check_machine(config(), settings, model, cv4ctrl.Cards(8, "", 80e9, 1), {"weights": memory})
+
+
+def put_cards(monkeypatch, number, name, memory):
+    """As if so many cards were here."""
+    monkeypatch.setattr(cv4ctrl, "WORLD", number)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    card = types.SimpleNamespace(name=name, total_memory=memory)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+
+
+def test_the_printed_plan(cogview, flags, capsys, tmp_path, monkeypatch):
+    put_cards(monkeypatch, 8, "NVIDIA H100 80GB HBM3", 85e9)
+    common = dict(pretrained_model_name_or_path=cogview, encoded_dir=None, resolution=1024, mixed_precision="bf16")
+    longest = max(16 * math.ceil((2 + len(text)) / 16) for _, _, text in tiny.make_rows(48))  # 2, and a byte a token
+    flops = 6 * 12 * 28 * 4096**2 * (4096 + longest) + 12 * 28 * 4096 * (4096 + longest) ** 2  # 167e12 with 128 tokens
+    for recompute in ("auto", "none"):  # which is too much, and offloaded
+        options = {"max_train_steps": 1000, "recompute": recompute}
+        cv4ctrl.main([*flags(tmp_path / "out", **common, **options), "--dry_run"])
+        text = capsys.readouterr().out
+        plan = dict(line.split(maxsplit=1) for line in text.splitlines())
+        assert plan["steps"] == "1000 of 32 samples, 0 done; 48 rows; ZeRO-2"
+        a, b = (4 * flops / (share * 989e12) for share in (0.35, 0.2))
+        hours = a * 1000 / 3600, b * 1000 / 3600
+        assert plan["time"] == "{:.1f} to {:.1f} s a step, {:.0f} to {:.0f} hours".format(a, b, *hours)
+        disk = 14 * 6.37, 48 * 2 * 32 * 128**2 * 2 / 1e9
+        assert plan["disk"] == "{:.1f} GB a checkpoint, {:.1f} GB of encoded data".format(*disk)
+        total, parts = plan["memory"].split(" of 76 usable GB, NVIDIA H100 80GB HBM3: ")
+        sizes = {part: float(size) for part, size in (part.split() for part in parts.split(", "))}
+        assert float(total) == pytest.approx(sum(sizes.values()), abs=0.3)
+        chosen, of_each = plan["--recompute"].split("; GB with ")
+        of_each = dict(size.split() for size in of_each.split(", "))
+        assert list(of_each) == ["none", "some", "most", "all"] and of_each[chosen] == total
+        offloaded = recompute == "none"
+        assert chosen == ("none" if offloaded else "some")
+        assert (sizes["weights"], sizes["gradients"], sizes["buckets"]) == (12.7, 3.2, 0.5)
+        assert sizes["optimizer"] == (0 if offloaded else 9.6) and ("hosts at least 115 GB" in text) == offloaded
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name, flops", [
+    ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H100 NVL", 989e12), ("NVIDIA H200", 989e12), ("NVIDIA B200", 2250e12),
+    ("Another Card", 0),
+])  # fmt: skip
+def test_cards_are_known_by_name_and_without_their_speed_no_time_is_told(
+    name, flops, cogview, flags, capsys, tmp_path, monkeypatch
+):
+    put_cards(monkeypatch, 2, name, 99e9)
+    assert cv4ctrl.cards_of() == (2, name, 99e9, flops)
+    cv4ctrl.main([*flags(tmp_path, pretrained_model_name_or_path=cogview, mixed_precision="bf16"), "--dry_run"])
+    assert ("hours" in capsys.readouterr().out) == (flops > 0)
+
+
+def test_a_large_model_without_a_gpu_is_refused(cogview, flags, refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no GPU" in refused(flags(tmp_path / "out", pretrained_model_name_or_path=cogview))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,60 @@
+"""Recomputation saves memory and changes nothing else."""
+
+import pytest
+import tiny
+import torch
+from deepspeed.utils import safe_get_full_grad
+from torch.utils.flop_counter import FlopCounterMode
+
+import cv4ctrl
+
+MIXED, EQUAL = [16, 32, 20], [32, 32, 32]
+
+
+def micro_batch(lengths):
+    """Three samples with captions of these lengths."""
+    random = torch.Generator().manual_seed(0)
+    batch = {name: torch.randn(3, 16, 8, 8, generator=random) for name in ("latents", "control", "noise")}
+    batch["timestep"] = torch.tensor([5.0, 300.0, 900.0])
+    return batch | {"prompts": [torch.randn(length, 32, generator=random) for length in lengths]}
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_gradients_of_the_engine_are_bitwise_the_same_whatever_is_recomputed(precision, base, config, device):
+    config = config(mixed_precision=precision, train_batch_size=3)
+    settings = cv4ctrl.engine_settings(config)
+    settings["zero_optimization"]["offload_optimizer"]["device"] = "none"
+    found = {}
+    for choice in cv4ctrl.KEPT_PER_BLOCK:
+        network = tiny.control_model(base).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+        cv4ctrl.recompute(network, choice)
+        engine = cv4ctrl.start_engine(config, settings, network)  # its learning rate is 0
+        assert network.is_gradient_checkpointing == (choice != "none")
+        model = cv4ctrl.VelocityModel(engine, 64)
+        for lengths in (MIXED, EQUAL):
+            engine.backward(cv4ctrl.flow_matching_loss(model, micro_batch(lengths)))
+            found[choice, str(lengths)] = [safe_get_full_grad(weight).clone() for weight in network.parameters()]
+            engine.step()
+    for choice, lengths in found:
+        for gradient, expected in zip(found[choice, lengths], found["none", lengths], strict=True):
+            assert expected.any() and torch.equal(gradient, expected)
+    assert not torch.equal(found["none", str(MIXED)][0], found["none", str(EQUAL)][0])
+
+
+@pytest.mark.parametrize("choice, attention, products", [("some", 0, 4), ("most", 0, 4 + 4), ("all", 1, 4 + 4 + 4)])
+@pytest.mark.parametrize("lengths, runs", [(MIXED, 3), (EQUAL, 1)])
+def test_what_is_recomputed(lengths, runs, choice, attention, products, base):
+    """In each of two blocks of width D = 64, with 3 x 48 tokens: products, counted in D x D, and the modulation.
+
+    Attention counts as 10 ** 12 a call, and is called once for each run of samples of equal length."""
+    attentions = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *args, **kwargs: 10**12}
+    work = {}
+    for one in (choice, "none"):
+        network = tiny.control_model(base)
+        cv4ctrl.recompute(network, one)
+        model = cv4ctrl.VelocityModel(network, 64)
+        with FlopCounterMode(display=False, custom_mapping=attentions) as counter:
+            cv4ctrl.flow_matching_loss(model, micro_batch(lengths)).backward()
+        work[one] = counter.get_total_flops()
+    modulation = 2 * 3 * 32 * (12 * 64)
+    assert work[choice] - work["none"] == 2 * (attention * runs * 10**12 + products * 2 * 3 * 48 * 64**2 + modulation)
