@@ -928,10 +928,11 @@ def engine_settings(config):
         for name, value in dotted(given).items():
             says = f"{name} = {json.dumps(value)}"
             require(name in known, f"{says}: not known to train right (as fp16, fp8; bf16 is)")
-            default = ["auto"] if known[name] == "auto" else [value]
-            choices = ENGINE_CHOICES.get(name, default)
-            alike = value in choices and type(value) is type(known[name])
-            require(alike, f"{says}: must be like {known[name]}, one of {choices}")
+            owned = ["auto"] if known[name] == "auto" else None  # by a flag
+            choices = ENGINE_CHOICES.get(name, owned)
+            typed = type(value) is type(known[name])
+            require(typed, f"{says}: must be like {json.dumps(known[name])}")
+            require(not choices or value in choices, f"{says}: must be one of {choices}")
             *sections, key = name.split(".")
             functools.reduce(dict.get, sections, settings)[key] = value
     settings["train_micro_batch_size_per_gpu"] = config.train_batch_size
@@ -1072,15 +1073,18 @@ def raise_if_stopped(device):
 class Log:
     """metrics.jsonl, trackers and progress bar of rank 0."""
 
-    def __init__(self, config, start, steps):
+    def __init__(self, config, state, steps):
         self.folder = Path(config.output_dir)
-        self.bar = tqdm(None, "training", total=steps, initial=start, **BAR)
+        self.bar = tqdm(None, "training", total=steps, initial=state.step, **BAR)
         self.report_to = config.report_to if RANK == 0 else "none"
         self.tracker = None
         file = self.folder / "metrics.jsonl"
         if RANK == 0 and file.exists():  # drop what came after the last checkpoint
-            lines = [line for line in file.read_text().splitlines(True) if line.endswith("}\n")]
-            kept = [line for line in lines if json.loads(line)["step"] <= (start or -1)]
+            kept = []
+            for line in file.read_text().splitlines(True):
+                last = state.step if '"loss"' in line else state.evaluated
+                if line.endswith("}\n") and json.loads(line)["step"] <= last:
+                    kept.append(line)
             with atomic(file) as aside:
                 aside.write_text("".join(kept))
 
@@ -1138,7 +1142,7 @@ def train(engine, stream, base, identity, state, steps):
     """Trains from a TrainState to step `steps`. After a signal it fails with code 75."""
     config = stream.config
     model = VelocityModel(engine, config.resolution)
-    log = Log(config, state.step, steps)
+    log = Log(config, state, steps)
     manifest = {"steps": steps, "identity": identity}
     saved, skipped_in_a_row = state.step, 0
     unused = torch.optim.SGD([torch.zeros(1)])  # get_scheduler wants an optimizer

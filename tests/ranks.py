@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -108,6 +109,13 @@ def launch(world, *jobs, **options):
             assert codes[0] in (0, 2), text
             results.append([codes[0], json.loads(Path(folder, "rank-0.json").read_text())])
     return results
+
+
+def command(launcher, program, argv):
+    """Command line of a launcher with its options, at a free port."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    return [sys.executable, "-m", *launcher.split(), f"--master_port={port}", program, *argv]
 
 
 def until(seen, pids=(), seconds=100):

@@ -4,12 +4,12 @@ import json
 import shutil
 
 import pytest
-import tiny
 import torch
 from diffusers import CogView4Transformer2DModel
 from safetensors.torch import save_file
 
 import cv4ctrl
+import tiny
 from ranks import same
 
 

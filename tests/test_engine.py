@@ -1,12 +1,12 @@
 """Steps of the real engine are those of clip_grad_norm_ and torch.optim.AdamW on the plain model."""
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import save_file
 
 import cv4ctrl
 import ranks
+import tiny
 
 RATES = [1e-2, 3e-2, 5e-3]
 # None is a default of torch; each shows in three steps. Rounding errors of gradients, which Adam divides by their own

@@ -5,12 +5,12 @@ from unittest import mock
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from diffusers import CogView4ControlPipeline
 from PIL import Image
 
 import cv4ctrl
+import tiny
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ import psutil
 import pytest
 
 import cv4ctrl
-from ranks import launch, main_with, rows, same, shared_nursery, state, until, weights
+from ranks import command, launch, main_with, rows, same, shared_nursery, state, until, weights
 
 NEEDS_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="DeepSpeed's optimizer for the host needs g++")
 OFFLOADED = [pytest.mark.long, NEEDS_COMPILER]
@@ -187,14 +186,11 @@ def test_a_signal_to_a_launcher_and_its_ranks(launcher, run, words, undisturbed,
     folder = tmp_path / "run"
     program = f"import sys; sys.path[:0] = {sys.path}; import test_faults; test_faults.slow_micro_batches(sys.argv[1:])"
     (tmp_path / "slow.py").write_text(program)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
     argv = words(folder, checkpointing_steps=100)
-    command = [sys.executable, "-m", *launcher.split(), f"--master_port={port}", tmp_path / "slow.py", *argv]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(tmp_path / "output", "w") as output:
-        options = {"stdout": output, "stderr": output, "start_new_session": True, "env": env}
-        launched = subprocess.Popen(command, **options)
+        options = {"stdout": output, "stderr": output, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+        started = command(launcher, tmp_path / "slow.py", argv)
+        launched = subprocess.Popen(started, start_new_session=True, **options)
     until(lambda: reached(folder) > 1, [launched.pid])
     os.killpg(launched.pid, signal.SIGTERM)
     assert launched.wait() != 0

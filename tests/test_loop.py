@@ -5,20 +5,18 @@ import json
 import os
 import random
 import shutil
-import socket
 import subprocess
-import sys
 import weakref
 from pathlib import Path
 
 import diffusers
 import pytest
-import tiny
 import torch
 from PIL import Image
 
 import cv4ctrl
-from ranks import launch, main_with, rows, same, shared_nursery, state, until, weights
+import tiny
+from ranks import command, launch, main_with, rows, same, shared_nursery, state, until, weights
 
 # With this epsilon rounding errors of gradients, which Adam divides by their own size, do not grow in weights.
 SIX = dict(max_train_steps=6, checkpointing_steps=3, validation_steps=2, proportion_empty_prompts=0.2,
@@ -137,11 +135,9 @@ def test_a_killed_run_goes_on_bitwise_under_torchrun_and_deepspeed(name, launche
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "lo')
     (run / ".checkpoint-5.tmp" / "state").mkdir(parents=True)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    command = [sys.executable, "-m", *launcher.split(), f"--master_port={port}", cv4ctrl.__file__]
-    command += flags(run, **SIX | (SHIPPED | {"recompute": "some"} if name == "shipped" else {}))  # all, until then
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    argv = flags(run, **SIX | (SHIPPED | {"recompute": "some"} if name == "shipped" else {}))  # all, until then
+    words = command(launcher, cv4ctrl.__file__, argv)
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     for folder in ("checkpoint-6/transformer", "."):
         assert same(weights(run / folder), weights(trained(name) / folder)), folder

@@ -1,12 +1,12 @@
 """Recomputation saves memory and changes nothing else."""
 
 import pytest
-import tiny
 import torch
 from deepspeed.utils import safe_get_full_grad
 from torch.utils.flop_counter import FlopCounterMode
 
 import cv4ctrl
+import tiny
 
 MIXED, EQUAL = [16, 32, 20], [32, 32, 32]
 

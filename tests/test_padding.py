@@ -4,7 +4,6 @@ computes them."""
 import itertools
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 from diffusers import CogView4ControlPipeline
@@ -13,6 +12,7 @@ from diffusers.models.transformers.transformer_cogview4 import CogView4AttnProce
 from safetensors.torch import save_file
 
 import cv4ctrl
+import tiny
 
 LENGTHS = [[16, 64, 32, 128], [48, 48, 16, 16], [32, 32, 32, 32]]
 

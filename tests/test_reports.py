@@ -52,7 +52,7 @@ def test_a_tracker_that_fails_is_dropped_with_one_line(tracker, fault, config, d
         monkeypatch.setitem(sys.modules, tracker, None)
     else:
         pytest.importorskip(tracker)
-    log = cv4ctrl.Log(config(tmp_path, report_to=tracker), 0, 3)
+    log = cv4ctrl.Log(config(tmp_path, report_to=tracker), cv4ctrl.TrainState(), 3)
     for step in (1, 2, 3):
         log.write("train", step, {"loss": 0.5})
         if step == 1 and fault == "later":  # the folder of its files is replaced by a file

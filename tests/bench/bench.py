@@ -144,7 +144,7 @@ class Bench:
 def section_step(bench):
     """parts of the trainer's step; logging is reading the figures from the device and writing their row"""
     config = bench.config()
-    log = cv4ctrl.Log(config, 0, None)
+    log = cv4ctrl.Log(config, cv4ctrl.TrainState(), None)
     engine, model = bench.engine(config)
     bench.next = functools.partial(next, bench.batches(config))
     batches = iter(lambda: bench.next(), None)
