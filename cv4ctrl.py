@@ -15,7 +15,7 @@ and the model learns its direction, the velocity v.
 for timesteps t = 1 ... 1000 and N image tokens: a large picture shows through more noise, so mu
 shifts sigma towards 1. The model is told t, as by CogView4ControlPipeline, which runs the result.
 
-    python cv4ctrl.py --dry_run [flags]          check everything, print the plan; see also --help
+    python cv4ctrl.py --dry_run [flags]          check flags and data, print the plan; see --help
     deepspeed --num_gpus=8 cv4ctrl.py [flags]    train; the same command again continues
 
 Begin with the sections "the model" and "flow matching", or with run() at the end.
@@ -61,7 +61,7 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils import checkpoint
+from torch.utils import checkpoint as activation_checkpoint
 from tqdm import tqdm
 
 # === CogView4-6B ===
@@ -74,7 +74,7 @@ LATENT_CHANNELS = 16
 PIXELS_PER_LATENT = 8
 PIXELS_PER_TOKEN = 16  # a token is a patch of 2 x 2 latents
 
-COGVIEW4 = {  # file -> values, or several that may be; 32 channels: widened already
+COGVIEW4 = {  # config file -> values; of several any: 32 channels are those of a widened model
     "scheduler/scheduler_config.json": {
         "num_train_timesteps": TIMESTEPS,
         "use_dynamic_shifting": True,
@@ -95,8 +95,8 @@ if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # else captions of many lengths
 
 
 # === flags ===
-# A flag states its limits: least (1 for whole numbers, else 0), most, multiple_of; kept: a
-# continued run must keep it, since it decides the samples, or what the state means.
+# A flag's metadata holds its limits: least (1 for whole numbers, else 0), most, multiple_of. kept:
+# a continued run must keep it, since it decides the samples, or what the saved state means.
 
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 DETECTORS = "canny hed leres lineart lineart_anime midas mlsd normalbae openpose pidinet zoe"
@@ -114,8 +114,10 @@ class Config:
     # Model
     pretrained_model_name_or_path: str = flag("THUDM/CogView4-6B", "base: hub name or folder")
     transformer: str | None = flag(None, "folder of one to start from, widened or not")
-    mixed_precision: Literal["bf16", "no"] = flag("bf16", "no is fp32; no fp16, no fp8", kept=True)
-    recompute: Literal["auto", "all", "most", "some", "none"] = flag("auto", "of each block")
+    mixed_precision: Literal["bf16", "no"] = flag(
+        "bf16", "no means fp32; fp16 and fp8 are not supported", kept=True
+    )
+    recompute: Literal["auto", "all", "most", "some", "none"] = flag("auto", "in each block")
     gradient_checkpointing: bool = flag(False, "the same as --recompute all")
     offload: bool = flag(False, "no effect: encoders are freed before training")
 
@@ -142,7 +144,7 @@ class Config:
     # Optimizer
     max_train_steps: int = flag(50_000, "optimizer steps")
     learning_rate: float = flag(5e-5, "peak learning rate, after the warm-up")
-    lr_scheduler: Literal[SCHEDULES] = flag("cosine", "of the learning rate")
+    lr_scheduler: Literal[SCHEDULES] = flag("cosine", "shape of the learning rate")
     lr_warmup_steps: int = flag(1000, "steps of linear warm-up", least=0)
     adam_beta1: float = flag(0.9, "decay of the first moment", most=0.99999)
     adam_beta2: float = flag(0.999, "decay of the second moment", most=0.99999)
@@ -168,7 +170,7 @@ class Config:
     report_to: Literal["none", "tensorboard", "wandb", "all"] = flag("none", "trackers")
     deepspeed_config: str | None = flag(None, "engine settings [the shipped ds_config.json]")
     timeout_minutes: int = flag(120, "limit of a step with its evaluation and checkpoint")
-    dry_run: bool = flag(False, "check everything, print the plan, load nothing")
+    dry_run: bool = flag(False, "check flags, data and base, print the plan, load nothing")
 
 
 class FlagParser(transformers.HfArgumentParser):
@@ -213,7 +215,7 @@ def validation_cases(config):
     for image in images:
         require(Path(image).is_file(), f"--validation_image {image}: there is no such file")
     count = max(len(images), len(prompts))
-    fit = {len(images), len(prompts)} <= {1, count} or not images + prompts
+    fit = {len(images), len(prompts)} <= {1, count}
     require(fit, "--validation_image, --validation_prompt: give as many of both, or one of either")
     return list(zip(images * count, prompts * count))[:count]
 
@@ -245,8 +247,8 @@ def add_control_channels(state):
 
     patch_embed.proj is linear over a flattened patch of p x p latents, channels first: (D, 16 p p).
     The control's channels follow, so their weights are columns at the end: (D, 32 p p). While these
-    are zero the control changes nothing: the model is exactly the base. They learn from the first
-    step on, since their gradient depends on the control and not on themselves.
+    are zero the control changes nothing: the model is exactly the base. Still they learn, since
+    their gradient depends on the control and not on themselves.
     """
     weight = state["patch_embed.proj.weight"]
     return state | {"patch_embed.proj.weight": torch.cat([weight, torch.zeros_like(weight)], dim=1)}
@@ -261,7 +263,7 @@ def empty_transformer(folder):
 
 
 def load_transformer(folder, dtype, device):
-    """The same with weights, cast one by one. Raises RuntimeError where one is missing."""
+    """The widened model with a folder's weights. Raises RuntimeError where one is missing."""
     files = {folder / "diffusion_pytorch_model.safetensors"}
     for index in folder.glob("diffusion_pytorch_model.safetensors.index.json"):
         files = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
@@ -279,27 +281,31 @@ def load_transformer(folder, dtype, device):
 class PrefixAttention:
     """Attention for captions of several lengths: exact, and without a mask.
 
-    Tokens come in the order image, caption, padding: a sample's own tokens are a prefix. Each run
-    of samples of equal length attends on its slice. Every kernel takes that, flash attention too,
-    which takes no mask. The order is free, since caption tokens carry no position.
+    Tokens come in the order image, caption, padding: a sample's own tokens are a prefix. Neighbours
+    with equal lengths attend together, on their slice. Every kernel takes that, also flash
+    attention, which takes no mask. The order is free: caption tokens carry no position.
     """
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states, image_rotary_emb, runs, **_):
-        """Image (B, N, D), captions (B, T, D), runs [(first, end, length)] -> both."""
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states, image_rotary_emb, neighbours, **_
+    ):
+        """Image (B, N, D), captions (B, T, D), neighbours [(first, end, length)] -> both."""
         image_tokens = hidden_states.shape[1]
         x = torch.cat([hidden_states, encoder_hidden_states], dim=1)  # (B, S, D), S = N + T
 
         def rotated(linear, norm):  # (B, heads, S, D / heads)
             heads = norm(linear(x).unflatten(2, (attn.heads, -1))).to(x.dtype)
             image, text = heads[:, :image_tokens], heads[:, image_tokens:]
-            image = apply_rotary_emb(image, image_rotary_emb, True, -2, sequence_dim=1)
+            image = apply_rotary_emb(
+                image, image_rotary_emb, use_real_unbind_dim=-2, sequence_dim=1
+            )
             return torch.cat([image, text], dim=1).transpose(1, 2)
 
         query = rotated(attn.to_q, attn.norm_q)
         key = rotated(attn.to_k, attn.norm_k)
         value = attn.to_v(x).unflatten(2, (attn.heads, -1)).transpose(1, 2)
         outputs = []
-        for first, end, length in runs:
+        for first, end, length in neighbours:
             own = image_tokens + length
             slices = (tensor[first:end, :, :own] for tensor in (query, key, value))
             output = F.scaled_dot_product_attention(*slices).transpose(1, 2).flatten(2)
@@ -318,10 +324,12 @@ KEPT_PER_BLOCK = {"none": 22, "some": 7, "most": 3, "all": 1}
 def recompute(transformer, choice):
     """Makes the blocks keep what KEPT_PER_BLOCK says."""
 
-    policies = checkpoint.CheckpointPolicy
+    policies = activation_checkpoint.CheckpointPolicy
 
     def policy(context, operator, *args, **kwargs):
-        keep = operator.name().startswith("aten::_scaled_dot_product_")  # of any backend
+        keep = operator.name().startswith(
+            "aten::_scaled_dot_product_"
+        )  # flash, efficient, cuDNN, CPU
         if operator is torch.ops.aten.addmm.default:  # bias + x @ weight.T
             inputs, outputs = args[2].shape
             keep = inputs > outputs or (choice == "some" and inputs == outputs)
@@ -329,10 +337,10 @@ def recompute(transformer, choice):
 
     options = {"use_reentrant": False}
     if choice in ("most", "some"):
-        contexts = checkpoint.create_selective_checkpoint_contexts
+        contexts = activation_checkpoint.create_selective_checkpoint_contexts
         options["context_fn"] = partial(contexts, policy)
     if choice != "none":
-        function = partial(checkpoint.checkpoint, **options)
+        function = partial(activation_checkpoint.checkpoint, **options)
         transformer.enable_gradient_checkpointing(function)
 
 
@@ -358,15 +366,15 @@ class VelocityModel:
 
     def __call__(self, noisy, control, prompts, timestep):
         """noisy, control (B, 16, h, w), prompts B x (T, 4096), timestep (B,) -> (B, 16, h, w)."""
-        runs = []  # of equal length: few, as a micro-batch comes sorted
-        for length, run in itertools.groupby(map(len, prompts)):
-            first = runs[-1][1] if runs else 0
-            runs.append((first, first + len(list(run)), length))
+        neighbours = []  # few, since the prompts of a micro-batch come sorted
+        for length, group in itertools.groupby(map(len, prompts)):
+            first = neighbours[-1][1] if neighbours else 0
+            neighbours.append((first, first + len(list(group)), length))
         return self.network(
             hidden_states=torch.cat([noisy, control], dim=1).to(self.dtype),
             encoder_hidden_states=pad_sequence(prompts, batch_first=True).to(self.dtype),
             timestep=timestep,
-            attention_kwargs={"runs": runs},
+            attention_kwargs={"neighbours": neighbours},
             return_dict=False,
             **self.constant,
         )[0]
@@ -425,7 +433,7 @@ def euler_sample(model, noise, control, prompt, empty, steps, guidance):
 
 
 def load_splits(name, config_name):
-    """-> {split: rows}."""
+    """Loads a data set -> {split: rows}."""
     path = Path(name)
     if (path / "dataset_dict.json").exists():  # of save_to_disk
         return datasets.load_from_disk(name)
@@ -457,7 +465,7 @@ def refuse_forgotten_files(folder):
 
 
 def open_dataset(config):
-    """-> rows: rows[i] is a dict, pictures undecoded."""
+    """Opens the data set: rows[i] is a dict, its pictures bytes or paths."""
     datasets.disable_progress_bars()
     name = config.jsonl_for_train or config.dataset_name
     needed = {config.image_column, config.conditioning_image_column, config.caption_column}
@@ -506,8 +514,8 @@ def decode_picture(content, use, side):
     require(not deep, f"mode {image.mode} has more than 8 bits a channel: scale it to 0 ... 255")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        seen = use != "column" or image.getextrema()[3][0] == 255
-        require(seen, "transparent pixels, which inference does not see: flatten the picture")
+        opaque = use != "column" or image.getextrema()[3][0] == 255
+        require(opaque, "transparent pixels, which inference does not see: flatten the picture")
         image = Image.alpha_composite(Image.new("RGBA", size, "white"), image)
     image = image.convert("RGB")
     if use not in ("target", "column"):
@@ -604,13 +612,14 @@ class Reader:
     def row(self, index):
         """-> (Row, remarks on it, {key: caption or pixels} to encode). Raises Failure."""
         config = self.config
-        place = f"row {index}, "
-        with explained(place + config.caption_column):
+        column = config.conditioning_image_column
+        with explained(f"row {index}"):
             row = self.rows[index]
+        with explained(f"row {index}, {config.caption_column}"):
             caption_key, caption = self.caption(row.get(config.caption_column))
-        with explained(place + config.image_column):
+        with explained(f"row {index}, {config.image_column}"):
             image_key, image, size = self.picture(row.get(config.image_column), "target")
-        with explained(place + (column := config.conditioning_image_column)):
+        with explained(f"row {index}, {column}"):
             control_key, control, other = self.picture(row.get(column), config.control)
         remarks = []
         if size and min(size) < config.resolution:
@@ -633,12 +642,12 @@ class Reader:
             return None, [str(failure)], {}
 
 
-def load_encoders(base, device, **without):
-    """The base's pipeline in bf16, without its transformer."""
+def load_encoders(base, device, **parts):
+    """The base's pipeline in bf16, without transformer and those parts that are given as None."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     options = dict(transformer=None, dtype=torch.bfloat16, use_safetensors=True)
-    options |= dict(low_cpu_mem_usage=False) | without
+    options |= dict(low_cpu_mem_usage=False) | parts  # that would need accelerate
     return diffusers.CogView4ControlPipeline.from_pretrained(base, **options).to(device)
 
 
@@ -657,7 +666,7 @@ def encode_share(config, base, reader, device):
         for key in to_encode.keys() - stored:
             encoders = encoders or load_encoders(base, device)
             item = to_encode[key]
-            if isinstance(item, str):  # alone: its padding is attended to
+            if isinstance(item, str):  # one at a time: padding is attended to
                 length = config.max_sequence_length
                 entry = encoders.encode_prompt(item, None, False, max_sequence_length=length)[0]
             else:
@@ -673,7 +682,7 @@ def encode_share(config, base, reader, device):
 
 def entry_sizes(config):
     """{key: bytes} of the cache, without what a power cut has left empty."""
-    files = Path(config.encoded_dir).glob("[!.]*.safetensors")
+    files = Path(config.encoded_dir).glob("*.safetensors")
     return {file.stem: size for file in files if (size := file.stat().st_size)}
 
 
@@ -690,9 +699,9 @@ def encode(config, base, rows, device):
     for row, remarks in found[len(rows) :]:
         require(row, "".join(remarks))
     tell_remarks(config, found[: len(rows)])
-    usable = [row for row, _ in found if row]
-    cases = usable[len(usable) - len(reader.cases) :]
-    train, held_out = hold_out(usable[: len(usable) - len(cases)], config.probe_samples)
+    usable = [row for row, _ in found[: len(rows)] if row]
+    cases = [row for row, _ in found[len(rows) :]]
+    train, held_out = hold_out(usable, config.probe_samples)
     if len(held_out) < min(2, config.probe_samples):
         say("fewer than two rows can be held out: control_gain is not measured")
     sizes = [entry_sizes(config)]
@@ -737,7 +746,7 @@ def hold_out(rows, most):
 
 
 def generator(*address):
-    """Of an address such as (seed, "noise", k)."""
+    """Random generator of an address such as (seed, "noise", k)."""
     return torch.Generator().manual_seed(int(digest(*address)[:15], 16))
 
 
@@ -854,8 +863,8 @@ def draw_pictures(model, stream, base, step):
     cases = encoded.cases + (encoded.held_out or encoded.train)[:4]
     if config.num_validation_images == 0:
         return None
-    parts = {"text_encoder": None, "tokenizer": None}
-    vae = load_encoders(base, model.device, **parts).vae if RANK < len(cases) else None
+    without = {"text_encoder": None, "tokenizer": None}
+    vae = load_encoders(base, model.device, **without).vae if RANK < len(cases) else None
 
     def draw(n):
         control = encoded.latents(cases[n].control_key)[None].to(model.device)
@@ -890,7 +899,8 @@ def draw_pictures(model, stream, base, step):
 ENGINE_CHOICES = {  # values of ds_config.json that train right; for "auto" the flags decide
     "zero_optimization.stage": [1, 2],
     "zero_optimization.offload_optimizer.device": ["auto", "cpu", "none"],
-    # DeepSpeed 0.19.8 may free a larger gradient before it is sent (reduce_ipg_grads).
+    # DeepSpeed 0.19.8 may free a larger gradient before it is sent (reduce_ipg_grads); the largest
+    # weights of CogView4-6B have 4096 x 16384 numbers.
     "zero_optimization.reduce_bucket_size": range(4096 * 16384, 2**31),
     "data_types.grad_accum_dtype": ["fp32", "bf16"],
     "communication_data_type": ["fp32", "bf16"],
@@ -934,7 +944,10 @@ def engine_settings(config):
             require(typed, f"{says}: must be like {json.dumps(known[name])}")
             require(not choices or value in choices, f"{says}: must be one of {choices}")
             *sections, key = name.split(".")
-            functools.reduce(dict.get, sections, settings)[key] = value
+            section = settings
+            for part in sections:
+                section = section[part]
+            section[key] = value
     settings["train_micro_batch_size_per_gpu"] = config.train_batch_size
     settings["gradient_accumulation_steps"] = config.gradient_accumulation_steps
     settings["train_batch_size"] = config.total_batch_size
@@ -998,7 +1011,7 @@ def save_state(engine, folder):
             folder.mkdir(parents=True, exist_ok=True)
             for name in mine:
                 save_file(mine[name], folder / f"{name}.safetensors")
-    os.sync()  # what the manifest will call whole must survive a power cut
+    os.sync()  # on each machine, see save_checkpoint
 
 
 def save_checkpoint(engine, config, state, manifest):
@@ -1009,12 +1022,11 @@ def save_checkpoint(engine, config, state, manifest):
     with fail_together():
         if RANK == 0:
             engine.module.save_pretrained(aside / "transformer", max_shard_size="100GB")
-            os.sync()
             files = [file for file in aside.rglob("*") if file.is_file()]
             sizes = {str(file.relative_to(aside)): file.stat().st_size for file in files}
             manifest = asdict(state) | manifest | {"files": sizes}
-            with atomic(aside / "manifest.json") as file:
-                file.write_text(json.dumps(manifest, indent=1))
+            (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
+            os.sync()  # what gets the name of a checkpoint must survive a power cut
             shutil.rmtree(folder, ignore_errors=True)  # a damaged one
             os.replace(aside, folder)
             # Later ones are damaged, or the run would have begun there: they go first.
@@ -1025,7 +1037,7 @@ def save_checkpoint(engine, config, state, manifest):
 
 
 def checkpoints(folder):
-    """-> {step: checkpoint-<step>}, oldest first."""
+    """The checkpoints in a folder, {step: checkpoint-<step>}, oldest first."""
     paths = {path.name.removeprefix("checkpoint-"): path for path in folder.glob("checkpoint-*")}
     return {int(step): paths[step] for step in sorted(filter(str.isdecimal, paths), key=int)}
 
@@ -1057,7 +1069,7 @@ def check_same_run(manifest, identity):
 
 # === the loop ===
 # After each micro-batch, and within an evaluation, the ranks ask each other for signals: launchers
-# kill 30 seconds after SIGTERM.
+# kill 30 seconds after SIGTERM, and what is not saved by then is lost back to the last checkpoint.
 
 stop_requests = []  # signals that came to this rank
 
@@ -1079,14 +1091,15 @@ class Log:
         self.report_to = config.report_to if RANK == 0 else "none"
         self.tracker = None
         file = self.folder / "metrics.jsonl"
-        if RANK == 0 and file.exists():  # drop what came after the last checkpoint
-            kept = []
-            for line in file.read_text().splitlines(True):
-                last = state.step if '"loss"' in line else state.evaluated
-                if line.endswith("}\n") and json.loads(line)["step"] <= last:
-                    kept.append(line)
-            with atomic(file) as aside:
-                aside.write_text("".join(kept))
+        with fail_together():
+            if RANK == 0 and file.exists():  # drop what came after the last checkpoint
+                lines = []
+                for line in file.read_text().splitlines(True):
+                    last = state.step if '"loss"' in line else state.evaluated
+                    if line.endswith("}\n") and json.loads(line)["step"] <= last:
+                        lines.append(line)
+                with atomic(file) as aside:
+                    aside.write_text("".join(lines))
 
     def write(self, kind, step, figures, picture=None):
         """Writes figures of kind "train" or "probe". All ranks must call it."""
@@ -1130,7 +1143,7 @@ def train_step(engine, model, batches, config, rate):
         engine.backward(loss)
         engine.step()  # after the last micro-batch: clips, and lets AdamW act if all is finite
         losses.append(loss.detach())
-    if not engine.was_step_applied():  # DeepSpeed 0.19.8 keeps them when offloading
+    if not engine.was_step_applied():  # DeepSpeed 0.19.8 keeps the sums if it offloads them
         sums = getattr(engine.optimizer, "averaged_gradients", {})
         sums.update(dict.fromkeys(sums))
     loss = torch.stack(losses).mean() / WORLD
@@ -1318,13 +1331,13 @@ def require(condition, message, code=2):
 
 @contextmanager
 def explained(what, *kinds, code=2):
-    """Makes exceptions of these kinds a Failure, and puts `what` before it."""
+    """Makes exceptions of these kinds (OSError, ValueError) a Failure that begins with `what`."""
     try:
         yield
     except Failure as failure:
         raise Failure(f"{what}: {failure}", failure.code)
     except kinds or (OSError, ValueError) as error:
-        said = " ".join(str(error.__cause__ or error).partition(" <_io")[0].split())
+        said = " ".join(str(error.__cause__ or error).partition(" <_io")[0].split())  # no addresses
         raise Failure(f"{what}: {type(error).__name__}: {said:.300}", code)
 
 
@@ -1395,7 +1408,7 @@ def find_base(config, weights):
         require(kind.startswith("CogView4"), f"is a {kind}, not of CogView4")
         for file, values in COGVIEW4.items():
             check_values(base / file, values)
-        for part in ("text_encoder", "vae", "transformer") if weights else ():
+        for part in ("text_encoder", "vae") if weights else ():
             require(any((base / part).glob("*.safetensors")), f"has no safetensors in {part}")
     start_from = Path(config.transformer or base / "transformer")
     with explained(f"--transformer {start_from}"):
@@ -1470,8 +1483,10 @@ def run(config):
     lock = lock_folders(config)
     device = start_ranks(1.5 * config.timeout_minutes)  # the watch of train() is faster
     folder = Path(config.output_dir)
-    shared = all(all_gather_objects((folder / ".lock").exists()))  # rank 0 has made it
-    require(shared, f"--output_dir {folder}: all machines must share it")
+    locked = (folder / ".lock").exists()  # by rank 0
+    seen = all_gather_objects(digest(locked, manifest, config, settings))
+    differ = f"--output_dir {folder}: all machines must share it, and have the same cards"
+    require(len(set(seen)) == 1, differ)
 
     # Encode.
     encoded = encode(config, base, rows, device)
@@ -1483,7 +1498,9 @@ def run(config):
         say(f"the schedule was made for {manifest['steps']} steps, now it is for {steps}")
 
     # Train.
-    state = TrainState(*(manifest[name] for name in ("step", "skipped", "evaluated") if manifest))
+    state = TrainState()
+    if checkpoint:
+        state = TrainState(manifest["step"], manifest["skipped"], manifest["evaluated"])
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     start_from = checkpoint / "transformer" if checkpoint else start_from
     transformer = load_transformer(start_from, dtype, device)
@@ -1516,7 +1533,7 @@ def run(config):
 
 
 def main(argv=None):
-    """A Failure is a line on stderr and an exit code."""
+    """Runs the command line; a Failure is a line on stderr and an exit code."""
     try:
         run(parse(argv))
     except Failure as end:

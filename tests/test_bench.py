@@ -28,6 +28,7 @@ def test_sections_on_the_tiny_base(measure):
     assert 0 < found["encode"][0]["% of the loop"][0] < 100
 
 
+@pytest.mark.long
 def test_the_example_is_timed(measure, tmp_path):
     (tmp_path / "example.py").write_text(EXAMPLE)
     found = measure("reference", "--reference", str(tmp_path / "example.py"))

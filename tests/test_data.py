@@ -229,7 +229,7 @@ def test_a_parquet_caption_that_is_not_utf8_is_a_bad_row(config, base, flags, tm
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     options = {"dataset_name": tmp_path / "rows.parquet", "train_batch_size": 1}
     found = wrongs(config(**options), base)
-    assert not found[0] and found[1].startswith("row 1, text: ") and "utf-8" in found[1]
+    assert not found[0] and found[1].startswith("row 1: ") and "utf-8" in found[1]
     cv4ctrl.main([*flags(tmp_path / "out", **options), "--dry_run"])
 
 
