@@ -656,9 +656,7 @@ def encode_share(config, base, reader, device):
     """Encodes what this rank's rows lack -> [(Row or None, remarks)]."""
     encoders = None
     found = []
-    stored = set(
-        reader.cached
-    )  # a copy: each row is remarked on, whatever threads have read before
+    stored = set(reader.cached)  # a copy: what the threads see decides the remarks
     share = range(RANK, len(reader.rows) + len(reader.cases), WORLD)
     reading = prefetch(reader.read, share, config.dataloader_num_workers)
     for row, remarks, to_encode in tqdm(reading, "encoding", total=len(share), **BAR):
