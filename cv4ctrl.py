@@ -213,7 +213,8 @@ def validation_cases(config):
     """[(control picture, caption)] of the flags: n to n, 1 to n, n to 1."""
     images, prompts = config.validation_image or [], config.validation_prompt or []
     for image in images:
-        require(Path(image).is_file(), f"--validation_image {image}: there is no such file")
+        with explained(f"--validation_image {image}"):
+            Image.open(image).close()
     count = max(len(images), len(prompts))
     fit = {len(images), len(prompts)} <= {1, count}
     require(fit, "--validation_image, --validation_prompt: give as many of both, or one of either")
@@ -1027,11 +1028,11 @@ def save_checkpoint(engine, config, state, manifest):
             os.sync()  # what gets the name of a checkpoint must survive a power cut
             shutil.rmtree(folder, ignore_errors=True)  # a damaged one
             os.replace(aside, folder)
-            # Later ones are damaged, or the run would have begun there: they go first.
-            steps = sorted(checkpoints(folder.parent), key=lambda step: (step <= state.step, step))
-            limit = config.checkpoints_total_limit
-            for step in steps[:-limit] if limit else ():
-                shutil.rmtree(folder.with_name(f"checkpoint-{step}"), ignore_errors=True)
+            folders = list(checkpoints(folder.parent).values())
+            whole = [one for one in folders if whole_manifest(one)]
+            for one in folders if config.checkpoints_total_limit else ():
+                if one not in whole[-config.checkpoints_total_limit :]:
+                    shutil.rmtree(one, ignore_errors=True)
 
 
 def checkpoints(folder):
@@ -1040,19 +1041,23 @@ def checkpoints(folder):
     return {int(step): paths[step] for step in sorted(filter(str.isdecimal, paths), key=int)}
 
 
+def whole_manifest(folder):
+    """Manifest of a checkpoint, or None where a file is missing or has another size."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        sizes = {name: (folder / name).stat().st_size for name in manifest["files"]}
+        return manifest if sizes == manifest["files"] else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
 def find_checkpoint(output_dir):
     """(newest checkpoint with all files in their sizes, its manifest), or (None, {})."""
     present = checkpoints(Path(output_dir)).values()
     for folder in reversed(present):
-        try:
-            manifest = json.loads((folder / "manifest.json").read_text())
-            sizes = {name: (folder / name).stat().st_size for name in manifest["files"]}
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            say(f"skipping {folder}, which is damaged: {error}")
-            continue
-        if sizes == manifest["files"]:
+        if manifest := whole_manifest(folder):
             return folder, manifest
-        say(f"skipping {folder}, which is damaged: sizes of files have changed")
+        say(f"skipping {folder}, which is damaged: files are missing or have changed their size")
     require(not present, f"{output_dir} holds only damaged checkpoints: move them away")
     return None, {}
 

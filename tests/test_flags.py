@@ -153,12 +153,14 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a.png", "b.png"):
         Image.new("RGB", (64, 64)).save(name)
+    Path("text.png").write_text("no picture")
 
 
 @pytest.mark.parametrize("images, prompts, said", [
     (["a.png", "gone.png"], ["x", "y"], "gone.png"), (["a.png"], [], "--validation_prompt"),
     ([], ["x"], "--validation_image"), (["a.png", "b.png"], ["x", "y", "z"], "as many"),
-    (["a.png", "b.png", "a.png"], ["x", "y"], "as many"), (["."], ["x"], "no such file"),
+    (["a.png", "b.png", "a.png"], ["x", "y"], "as many"), (["."], ["x"], "directory"),
+    (["text.png"], ["x"], "--validation_image text.png: UnidentifiedImageError"),
 ])  # fmt: skip
 @pytest.mark.parametrize("more", ["--dry_run", "--offload"])  # the second one would begin
 def test_validation_cases_that_do_not_fit_are_refused(images, prompts, said, more, folder, flags, refused, monkeypatch):
@@ -250,7 +252,7 @@ def test_commands_of_the_readme_are_understood(folder):
         if "--help" not in command:
             config = cv4ctrl.parse([word for word in shlex.split(command) if word != "[flags]"])
             for image in config.validation_image or []:
-                Path(image).touch()
+                Image.new("RGB", (64, 64)).save(image)
             cv4ctrl.check(config)
 
 

@@ -241,12 +241,13 @@ def watch_encoders(argv):
     return [list(loaded), alive]
 
 
-def test_old_checkpoints_go_but_never_the_one_just_written(trained, copy, flags):
-    """A damaged checkpoint-6 is passed over: when checkpoint-4 is written, 6 goes, and not 3."""
+@pytest.mark.parametrize("steps", [4, 7])
+def test_old_checkpoints_go_but_of_the_whole_ones_the_newest_two_stay(steps, trained, copy, flags):
+    """A damaged checkpoint-6 is skipped, and does not count: it goes, and checkpoint-3 stays beside the new one."""
     assert list(cv4ctrl.checkpoints(trained("seldom probed"))) == [5, 6]
     (copy / "checkpoint-6" / "transformer" / "config.json").unlink()
-    assert launch(1, flags(copy, **SIX | {"max_train_steps": 4})) == [[0, None]]
-    assert list(cv4ctrl.checkpoints(copy)) == [3, 4]
+    assert launch(1, flags(copy, **SIX | {"max_train_steps": steps, "checkpointing_steps": 100})) == [[0, None]]
+    assert list(cv4ctrl.checkpoints(copy)) == [3, steps]
 
 
 @pytest.mark.parametrize("change", [
