@@ -4,6 +4,8 @@ import pytest
 
 import bench
 
+pytestmark = pytest.mark.long
+
 # A stand-in for diffusers' example, with steps of 4 samples in 0.1 s.
 EXAMPLE = """
 import sys, time, tqdm.auto
@@ -28,7 +30,6 @@ def test_sections_on_the_tiny_base(measure):
     assert 0 < found["encode"][0]["% of the loop"][0] < 100
 
 
-@pytest.mark.long
 def test_the_example_is_timed(measure, tmp_path):
     (tmp_path / "example.py").write_text(EXAMPLE)
     found = measure("reference", "--reference", str(tmp_path / "example.py"))
