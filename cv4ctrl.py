@@ -1458,6 +1458,26 @@ def lock_folders(config):
     return lock
 
 
+def describe_run(config, settings, cards):
+    """Writes run.json: what was asked for, what it became, and where it runs."""
+    git = f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null"
+    versions = {package.__name__: package.__version__ for package in (torch, deepspeed, diffusers)}
+    about = {"command": sys.argv, "config": asdict(config), "deepspeed": settings}
+    about |= {"commit": os.popen(git).read().strip(), "versions": versions}
+    about |= {"hardware": cards.name, "ranks": WORLD}
+    with atomic(Path(config.output_dir, "run.json")) as aside:
+        aside.write_text(json.dumps(about, indent=1))
+
+
+def copy_weights(source, folder):
+    """Copies an exported transformer into a folder, in the place of weights that are there."""
+    for old in folder.glob("diffusion_pytorch_model*"):  # among them shards and their index
+        old.unlink()
+    for file in source.iterdir():
+        with atomic(folder / file.name) as aside:
+            shutil.copyfile(file, aside)
+
+
 def run(config):
     """The story of a run."""
     # Check what can be checked, and decide what is left to decide.
@@ -1511,25 +1531,13 @@ def run(config):
     engine = start_engine(config, settings, transformer, checkpoint, state.step - state.skipped)
     with fail_together():
         if RANK == 0:
-            git = f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null"
-            packages = torch, deepspeed, diffusers
-            about = {"command": sys.argv, "config": asdict(config)}
-            about |= {"deepspeed": settings, "commit": os.popen(git).read().strip()}
-            about["versions"] = {package.__name__: package.__version__ for package in packages}
-            about |= {"hardware": cards.name, "ranks": WORLD}
-            with atomic(folder / "run.json") as aside:
-                aside.write_text(json.dumps(about, indent=1))
+            describe_run(config, settings, cards)
     train(engine, Stream(config, encoded, RANK, WORLD), base, identity, state, steps)
 
     # Leave the final weights where the example leaves them.
     with fail_together():
         if RANK == 0:
-            for old in folder.glob("diffusion_pytorch_model*"):  # perhaps shards
-                old.unlink()
-            last = folder / f"checkpoint-{max(state.step, steps)}" / "transformer"
-            for file in last.iterdir():
-                with atomic(folder / file.name) as aside:
-                    shutil.copyfile(file, aside)
+            copy_weights(folder / f"checkpoint-{max(state.step, steps)}" / "transformer", folder)
             lock.close()
             print(f"done: weights and pictures in {folder}")
     dist.destroy_process_group()
