@@ -1,12 +1,14 @@
 """One tiny base, one data set and one cache of encoded data for the whole suite."""
 
 import importlib
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}  # the tests are for the CPU, also beside GPUs
 HERE = Path(__file__).parent
 sys.path[:0] = map(str, (HERE.parent, HERE / "demo", HERE / "bench"))
 import cv4ctrl  # noqa: E402
