@@ -865,7 +865,7 @@ def draw_pictures(model, stream, base, step):
     without = {"text_encoder": None, "tokenizer": None}
     vae = load_encoders(base, model.device, **without).vae if RANK < len(cases) else None
 
-    def draw(n):
+    def draw(n):  # the band of case n, (1, 3, side, pictures x side)
         control = encoded.latents(cases[n].control_key)[None].to(model.device)
         keys = cases[n].caption_key, encoded.empty_key
         prompts = [encoded.entry(key).to(model.device) for key in keys]
@@ -1121,8 +1121,9 @@ class Log:
             self.report_to = "none"
 
     def track(self, kind, step, figures, picture):
+        """Sends figures and picture to tensorboard, and through it to wandb."""
         if self.tracker is None:
-            if self.report_to != "tensorboard":  # wandb copies what tensorboard gets
+            if self.report_to != "tensorboard":
                 importlib.import_module("wandb").init(sync_tensorboard=True)
             tensorboard = importlib.import_module("torch.utils.tensorboard")
             self.tracker = tensorboard.SummaryWriter(self.folder / "logs")
