@@ -1,100 +1,87 @@
 """Ranks for tests: forked in a moment from a process that has imported everything, watched, open to faults.
 
 A job is a command line for cv4ctrl.main, or (name of a function, its arguments): a function of this file, or
-`file.function` of another file of tests. With main_with it can put a fault into a run. As a program this file is the
-process that forks: a JSON object a line describes a rank, the answer is its pid, or asks for the exit code of a pid."""
+`file.function` of another file of tests. With main_with it can put a fault into a run."""
 
 import atexit
 import contextlib
 import faulthandler
 import functools
-import gc
 import importlib
 import json
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
-import psutil
 import torch
 from safetensors.torch import load_file, save_file
 
 PRELOADED = """datasets deepspeed.runtime.zero.muon.original_muon deepspeed.monitor.monitor diffusers.optimization
     diffusers.pipelines.cogview4.pipeline_cogview4_control pytest transformers.models.glm.modeling_glm""".split()
+LIMIT = 1200  # seconds of any run, on a busy machine; ranks that take longer hang
 
 
-class Nursery(contextlib.AbstractContextManager):
-    """The process that forks, from outside. `env` is added to the user's environment, before it imports."""
+class Nursery:
+    """Starts ranks and waits for their end."""
 
-    def __init__(self, **env):
-        mine = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # this process may be a rank itself
-        self.env = {name: os.environ[name] for name in os.environ if name not in mine} | {"OMP_NUM_THREADS": "1"} | env
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
-        self.process = subprocess.Popen([sys.executable, __file__], env=self.env, **pipes)
-        self.lock = threading.Lock()
+    lock = threading.Lock()  # of all threads that do so: to start a process is to look at all others
 
-    def __exit__(self, *_):
-        self.process.stdin.close()  # which ends it
-        self.process.wait()
+    def __init__(self):
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(PRELOADED)
 
-    def ask(self, **question):
-        with self.lock:
-            print(json.dumps(question, default=str), file=self.process.stdin, flush=True)
-            return json.loads(self.process.stdout.readline())
-
-    def run(self, job, world, folder, hurt=lambda pids: None, quiet=60, env={}):
+    def run(self, job, world, folder, hurt=lambda pids: None, env={}):
         """Starts ranks, hurt(pids), waits for their end -> (exit codes, output of all ranks).
 
-        This process serves the rendezvous: no other can take its port. What goes wrong, or hangs (see wait), ends the
-        test with the stacks and the output of all ranks."""
+        This process serves the rendezvous: no other can take its port. What goes wrong, or hangs, ends the test with
+        the stacks and the output of all ranks."""
         store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         common = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
         common |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
         Path(folder).mkdir(exist_ok=True, parents=True)
-        codes, logs = {}, [Path(folder, f"rank-{rank}.log") for rank in range(world)]
+        ranks, logs = [], [Path(folder, f"rank-{rank}.log") for rank in range(world)]
         for rank, log in enumerate(logs):
             place = common | {"RANK": rank, "LOCAL_RANK": rank} if world > 1 else {}  # one: as `python cv4ctrl.py`
             log.write_text("")
-            codes[self.ask(job=job, log=log, env={k: str(v) for k, v in (place | env).items()})] = None
+            with self.lock:
+                ranks.append(self.context.Process(target=be_rank, args=(job, log, place | env), daemon=True))
+                ranks[-1].start()
         try:
-            hurt(list(codes))
-            self.wait(codes, quiet)
+            hurt([rank.pid for rank in ranks])
+            codes = self.wait(ranks)
         except BaseException as error:
             for number in (signal.SIGCONT, signal.SIGUSR2, signal.SIGKILL):
-                for pid in [pid for pid in codes if codes[pid] is None]:
-                    os.kill(pid, number)
+                for rank in filter(multiprocessing.Process.is_alive, ranks):
+                    os.kill(rank.pid, number)
                 time.sleep(0.5)
-            self.wait(codes, quiet)
             error.add_note("\n".join(f"--- rank {rank}\n{log.read_text()}" for rank, log in enumerate(logs)))
             raise
-        return list(codes.values()), "".join(log.read_text() for log in logs)
+        return codes, "".join(log.read_text() for log in logs)
 
-    def wait(self, codes, quiet):
-        """Fills in {pid: exit code}. Where a rank fails the others are asked to end, later killed, as by a launcher.
-
-        However busy the machine, ranks hang that do not compute for a second in `quiet` seconds; or, where they have
-        started processes such as a compiler, in ten times as many: AssertionError."""
-        used, since, failed = 0, time.monotonic(), False
-        while living := [psutil.Process(pid) for pid in codes if codes[pid] is None]:
-            seconds = sum(sum(process.cpu_times()[:2]) for process in living)
-            if abs(seconds - used) > 1:
-                used, since = seconds, time.monotonic()
-            idle = time.monotonic() - since
-            limit = 10 * quiet if any(rank.children() for rank in living) else quiet
-            assert idle < limit, f"ranks hang: not a second of work in {idle:.0f} s"
-            for process in living if any(codes.values()) and not failed else ():
-                process.terminate()
-            for process in living if failed and idle > quiet / 2 else ():  # launchers do so, too
-                process.kill()
-            failed = any(codes.values())
+    def wait(self, ranks):
+        """Exit codes. Where a rank fails the others are asked to end, and killed later, as by a launcher."""
+        end, failed = time.monotonic() + LIMIT, None
+        while True:
+            with self.lock:
+                codes = [rank.exitcode for rank in ranks]
+            if None not in codes:
+                return codes
+            now = time.monotonic()
+            assert now < end, f"ranks hang: {codes}"
+            if any(codes) and failed is None:
+                failed = now
+                for rank in ranks:
+                    rank.terminate()
+            if failed and now > failed + 30:
+                for rank in ranks:
+                    rank.kill()
             time.sleep(0.02)
-            codes |= {process.pid: self.ask(pid=process.pid) for process in living}
 
 
 shared_nursery = functools.cache(Nursery)
@@ -118,12 +105,11 @@ def command(launcher, program, argv):
     return [sys.executable, "-m", *launcher.split(), f"--master_port={port}", program, *argv]
 
 
-def until(seen, pids=(), seconds=100):
-    """Waits until seen() is true; not for ever, nor for processes that have ended."""
+def until(seen, seconds=100):
+    """Waits until seen() is true, but not for ever."""
     end = time.monotonic() + seconds
     while not seen():
-        ended = [pid for pid in pids if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE]
-        assert not ended and time.monotonic() < end, f"{ended} ended" if ended else f"not seen in {seconds} s"
+        assert time.monotonic() < end, f"not seen in {seconds} s"
         time.sleep(0.01)
 
 
@@ -153,30 +139,25 @@ def same(a, b, tolerance=None):
 
 
 def be_rank(job, log, env):
-    """In a forked child: becomes a rank, does the job and ends."""
+    """In a forked child: becomes a rank and does the job."""
     os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), 1)
     os.dup2(1, 2)
     faulthandler.register(signal.SIGUSR2, all_threads=True)
-    os.environ.update(env)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):  # of the tests, a rank themselves
+        os.environ.pop(name, None)
+    os.environ.update({name: str(value) for name, value in env.items()})
     torch.set_num_threads(1)
-    code, value = 1, None
+    cv4ctrl = importlib.import_module("cv4ctrl")  # only now, since it looks for its rank
+    value = None
     try:
-        cv4ctrl = importlib.import_module("cv4ctrl")  # only now, since it looks for its rank
-        sys.argv = ["cv4ctrl.py", *map(str, job)]
         if len(job) == 2 and isinstance(job[1], list):
             file, _, function = job[0].rpartition(".")
             value = getattr(importlib.import_module(file or "ranks"), function)(*job[1])
         else:
             cv4ctrl.main(job)
         atexit._run_exitfuncs()
-        code = 0
-    except SystemExit as end:
-        code = end.code or 0
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    Path(log).with_suffix(".json").write_text(json.dumps(value))
-    sys.stdout.flush()
-    os._exit(code)
+    finally:
+        Path(log).with_suffix(".json").write_text(json.dumps(value))
 
 
 def main_with(argv, **functions):
@@ -204,20 +185,3 @@ def gradients(argv, file):
         raise StopIteration
 
     main_with(argv, train=train)
-
-
-if __name__ == "__main__":
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print while they are imported is no answer
-    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent / "demo")]
-    for module in PRELOADED:
-        importlib.import_module(module)
-    gc.freeze()
-    for question in map(json.loads, sys.stdin):
-        if "pid" in question:
-            done, status = os.waitpid(question["pid"], os.WNOHANG)
-            answer = os.waitstatus_to_exitcode(status) if done else None
-        else:
-            answer = os.fork() or be_rank(**question)
-        print(json.dumps(answer), file=answers, flush=True)
-    os.killpg(0, signal.SIGKILL)  # nobody asks any more

@@ -1,5 +1,6 @@
 """What a run survives: it is disturbed from outside, and what an undisturbed run leaves is the judge."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -13,7 +14,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 import cv4ctrl
@@ -88,7 +88,8 @@ def test_kills_at_random_moments(count, run, words, undisturbed, tmp_path):
     def kill(pids):
         if kills < count:
             time.sleep(rng.uniform(0.5, 4))
-            os.kill(rng.choice(pids), signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it is done
+                os.kill(rng.choice(pids), signal.SIGKILL)
 
     while kills < count:
         folder, codes = Path(tempfile.mkdtemp(dir=tmp_path)), [None]  # a new one: who is done is too fast to be killed
@@ -176,9 +177,7 @@ def test_a_disk_that_fills_up(run, words, half, undisturbed):
     """A rank may write only 4 kB a file: all end with one line, older checkpoints stay, and the next start goes on."""
     DAMAGE["truncated"](half / "checkpoint-6")  # so that both starts begin at 3
     shutil.copytree(half / "checkpoint-3", half / ".checkpoint-5.tmp")  # left by a killed run
-    codes, text = run(
-        words(half), hurt=lambda pids: psutil.Process(pids[1]).rlimit(resource.RLIMIT_FSIZE, (4000, 4000))
-    )
+    codes, text = run(words(half), hurt=lambda pids: resource.prlimit(pids[1], resource.RLIMIT_FSIZE, (4000, 4000)))
     assert codes == [1, 1] and re.search("rank 1: .*File too large", only_line(text)), text
     assert list(cv4ctrl.checkpoints(half)) == [3, 6] and (half / ".checkpoint-6.tmp").exists()
     assert goes_on(run, words(half), half, undisturbed).count("checkpoint-6, which is damaged") == 1
@@ -258,7 +257,7 @@ def test_a_rank_that_hangs_ends_the_run(run, words, tmp_path):
     """Rank 1 is stopped: after --timeout_minutes rank 0 shows where it waits, and ends."""
 
     def stop(pids):
-        until(lambda: reached(tmp_path / "run") > 2, pids)
+        until(lambda: reached(tmp_path / "run") > 2)
         os.kill(pids[1], signal.SIGSTOP)
         until(lambda: "Timeout" in (tmp_path / "log" / "rank-0.log").read_text())
         os.kill(pids[1], signal.SIGCONT)
