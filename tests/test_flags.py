@@ -14,38 +14,29 @@ import pytest
 from PIL import Image
 
 import cv4ctrl
-import tiny
 from test_fp16_rejection import engine_file
 
 ROOT = Path(__file__).parents[1]
 FLAGS = cv4ctrl.Config.__dataclass_fields__
-EXAMPLE = """pretrained_model_name_or_path variant revision output_dir cache_dir seed resolution max_sequence_length
-train_batch_size num_train_epochs max_train_steps checkpointing_steps checkpoints_total_limit resume_from_checkpoint
-proportion_empty_prompts gradient_accumulation_steps gradient_checkpointing learning_rate scale_lr lr_scheduler
-lr_warmup_steps lr_num_cycles lr_power dataloader_num_workers adam_beta1 adam_beta2 adam_weight_decay adam_epsilon
-max_grad_norm logging_dir allow_tf32 report_to mixed_precision dataset_name dataset_config_name image_column
-conditioning_image_column caption_column max_train_samples validation_prompt validation_image num_validation_images
-validation_steps tracker_project_name jsonl_for_train only_target_transformer_blocks guidance_scale
-upcast_before_saving weighting_scheme logit_mean logit_std mode_scale offload log_dataset_samples push_to_hub
-hub_model_id use_8bit_adam hub_token""".split()
-REFUSED = """revision max_train_samples num_train_epochs weighting_scheme logit_mean logit_std use_8bit_adam hub_token
-push_to_hub hub_model_id only_target_transformer_blocks variant log_dataset_samples scale_lr allow_tf32
-cache_dir logging_dir upcast_before_saving tracker_project_name lr_num_cycles lr_power mode_scale""".split()
+TAKEN = """pretrained_model_name_or_path output_dir seed resolution max_sequence_length train_batch_size max_train_steps
+checkpointing_steps checkpoints_total_limit resume_from_checkpoint proportion_empty_prompts gradient_accumulation_steps
+gradient_checkpointing learning_rate lr_scheduler lr_warmup_steps dataloader_num_workers adam_beta1 adam_beta2
+adam_weight_decay adam_epsilon max_grad_norm report_to mixed_precision dataset_name dataset_config_name image_column
+conditioning_image_column caption_column validation_prompt validation_image num_validation_images validation_steps
+jsonl_for_train guidance_scale offload""".split()
 
 
-def test_every_flag_of_the_example_is_taken_or_refused_by_name(refused):
-    assert len(set(EXAMPLE)) == 58 and set(EXAMPLE) - FLAGS.keys() == set(REFUSED)
-    for name in set(EXAMPLE) - set(REFUSED):
+def test_flags_of_the_example_are_taken_or_refused_by_name(refused):
+    for name in TAKEN:
         choices = typing.get_args(FLAGS[name].type) or (FLAGS[name].type,)
         value = {bool: True, int: 3, float: 0.5, str: "x"}.get(choices[0], choices[-1])
         value = ["x", "y"] if name in ("validation_image", "validation_prompt") else value
         words = {bool: [], list: value}.get(type(value), [str(value)])
         for flag in (f"--{name}", f"--{name.replace('_', '-')}"):
             assert getattr(cv4ctrl.parse([flag, *words]), name) == value, name
-    for name in REFUSED:
-        for words in ([f"--{name}"], [f"--{name}", "secret"], [f"--{name.replace('_', '-')}=secret"]):
-            line = refused(words)
-            assert words[0].split("=")[0] in line and "README" in line and "secret" not in line
+    for words in (["--scale_lr"], ["--hub_token", "secret"], ["--hub-token=secret"]):
+        line = refused(words)
+        assert words[0].split("=")[0] in line and "README" in line and "secret" not in line
 
 
 def test_flags_of_the_example_mean_here_what_they_mean_there(config):
@@ -62,26 +53,16 @@ def test_defaults_are_the_recipe_of_the_original_document():
 
 @pytest.mark.parametrize("argv, words", [
     ("--no_such_flag", "no_such_flag"), ("extra", "extra"), ("--train_batch 4", "unknown --train_batch"),
-    ("--config_file=accelerate_ds.yaml", "config_file"), ("--num_processes 8", "num_processes"),
     ("--train_batch_size many", "train_batch_size many"), ("--train_batch_size 0", "train_batch_size 1"),
-    ("--lr_scheduler zigzag", "lr_scheduler zigzag"), ("--report_to comet_ml", "comet_ml tensorboard"),
-    ("--control x", "control openpose"), ("--recompute half", "recompute some"),
-    (f"--seed {2**64}", "seed"), ("--learning_rate nan", "learning_rate"), ("--learning_rate -1", "learning_rate"),
-    ("--adam_beta2 1", "adam_beta2"),
-    ("--max_train_steps 0", "max_train_steps"),
-    ("--timeout_minutes 0", "timeout_minutes"),
+    ("--lr_scheduler zigzag", "lr_scheduler zigzag"), ("--control x", "control openpose"),
+    ("--learning_rate nan", "learning_rate"), ("--adam_beta2 1", "adam_beta2"), (f"--seed {2**64}", "seed"),
     ("--resolution 1000", "resolution 16"), ("--proportion_empty_prompts 1.5", "proportion_empty_prompts 1"),
     ("--total_batch_size 6", "total_batch_size 6"),
     ("--total_batch_size 8 --gradient_accumulation_steps 4", "total_batch_size 8 accumulation 4"),
-    ("--output_dir=", "output_dir"), ("--dataset_name=", "dataset_name"),
-    ("--deepspeed_config /nowhere/ds.json", "/nowhere/ds.json"), ("--deepspeed_config README.md", "README.md JSON"),
+    ("--output_dir=", "output_dir"), ("--deepspeed_config README.md", "README.md JSON"),
     ("--dataset_name /nowhere/data", "/nowhere/data"), ("--jsonl_for_train x.jsonl", "dataset_name jsonl_for_train"),
-    (f"--jsonl_for_train /nowhere.jsonl --dataset_name {FLAGS['dataset_name'].default}", "/nowhere.jsonl"),
-    ("--image_column photo", "photo image conditioning_image text"), ("--caption_column prompt", "prompt text"),
-    ("--conditioning_image_column pose", "pose conditioning_image"),
-    ("--pretrained_model_name_or_path /nowhere/base", "pretrained_model_name_or_path /nowhere/base"),
-    ("--pretrained_model_name_or_path no/base", "no/base offline"),
-    ("--output_dir /dev/null/out", "/dev/null/out"), ("--encoded_dir /dev/null/out", "/dev/null/out"),
+    ("--image_column photo", "photo image conditioning_image text"),
+    ("--pretrained_model_name_or_path no/base", "no/base offline"), ("--encoded_dir /dev/null/out", "/dev/null/out"),
     ("--resume_from_checkpoint checkpoint-7", "resume_from_checkpoint latest"),
 ])  # fmt: skip
 def test_bad_input_is_refused_in_one_line_and_nothing_is_written(argv, words, flags, refused, tmp_path, monkeypatch):
@@ -94,18 +75,12 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(argv, words, fl
 
 
 @pytest.mark.parametrize("setting", [
-    'optimizer = {"type": "AdamW", "params": {"amsgrad": true}}', 'scheduler = {"type": "WarmupLR"}',
-    'zero_optimization.zenflow = {"topk_ratio": 0.1}', "sequence_parallel_size = 2", "bf16 = true",
-    'tensor_parallel = {"autotp_size": 2}', 'data_efficiency = {"data_routing": {"random_ltd": {"enabled": true}}}',
-    'comet = {"enabled": true}', "prescale_gradients = true", "bf16.check_grad_overflow = false",
-    'zero_optimisation = {"stage": 2}', "zero_optimization = true", 'zero_optimization.stage = "auto"',
-    *(f"zero_optimization.stage = {stage}" for stage in ("0", "3", "7", "true", '"2"', "2.0")),
-    "zero_optimization.cpu_offload = true",
+    'optimizer = {"type": "AdamW", "params": {"amsgrad": true}}', 'zero_optimization.zenflow = {"topk_ratio": 0.1}',
+    'tensor_parallel = {"autotp_size": 2}', "bf16 = true", "bf16.check_grad_overflow = false",
+    'zero_optimisation = {"stage": 2}', "zero_optimization = true",
+    *(f"zero_optimization.stage = {stage}" for stage in ("0", "3", "true", '"2"', '"auto"')),
     'zero_optimization.offload_param = {"device": "cpu"}', 'zero_optimization.offload_optimizer.device = "nvme"',
-    'zero_optimization.offload_optimizer = "cpu"', 'zero_optimization.offload_optimizer.pin_memory = "perhaps"',
-    'zero_optimization.reduce_bucket_size = "many"', 'zero_optimization.reduce_bucket_size = "auto"',
-    "zero_optimization.reduce_bucket_size = 67108863", "zero_optimization.reduce_bucket_size = 5e8",
-    'zero_optimization.overlap_comm = "auto"', 'wall_clock_breakdown = "maybe"', "steps_per_print = null",
+    "zero_optimization.reduce_bucket_size = 67108863", 'zero_optimization.reduce_bucket_size = "auto"',
 ])  # fmt: skip
 def test_what_is_not_known_to_train_right_is_refused_by_name(setting, flags, refused, tmp_path):
     """Other optimizers and stages, features of DeepSpeed that train wrongly, values of a wrong type."""
@@ -117,7 +92,7 @@ def test_what_is_not_known_to_train_right_is_refused_by_name(setting, flags, ref
 
 @pytest.mark.parametrize("name, value", [
     ("train_micro_batch_size_per_gpu", 4), ("train_batch_size", 4), ("gradient_accumulation_steps", 1),
-    ("gradient_clipping", 1.0), ("gradient_clipping", "1.0"), ("bf16.enabled", False),
+    ("gradient_clipping", 1.0), ("bf16.enabled", False),
 ])  # fmt: skip
 def test_what_a_flag_decides_must_be_auto_in_the_file_even_if_they_agree(name, value, flags, refused, tmp_path):
     line = refused(flags(tmp_path / "out", deepspeed_config=engine_file(tmp_path, name, value)))
@@ -137,15 +112,6 @@ def test_the_engine_gets_what_flags_and_file_say_and_the_shipped_values_for_the_
     assert settings == shipped and zero == of_shipped | {"stage": 1, "reduce_bucket_size": 10**8}
 
 
-def test_a_ds_config_in_the_working_folder_is_not_taken(flags, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "ds_config.json").write_text('{"zero_optimization": {"stage": 1}}')
-    cv4ctrl.main([*flags("out"), "--dry_run"])
-    assert "; ZeRO-2\n" in capsys.readouterr().out
-    cv4ctrl.main([*flags("out", deepspeed_config="ds_config.json"), "--dry_run"])
-    assert "; ZeRO-1\n" in capsys.readouterr().out
-
-
 @pytest.fixture()
 def folder(tmp_path, monkeypatch):
     """A working folder with two pictures."""
@@ -156,10 +122,8 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("images, prompts, said", [
-    (["a.png", "gone.png"], ["x", "y"], "gone.png"), (["a.png"], [], "--validation_prompt"),
-    ([], ["x"], "--validation_image"), (["a.png", "b.png"], ["x", "y", "z"], "as many"),
-    (["a.png", "b.png", "a.png"], ["x", "y"], "as many"), (["."], ["x"], "directory"),
-    (["text.png"], ["x"], "--validation_image text.png: UnidentifiedImageError"),
+    (["a.png", "gone.png"], ["x", "y"], "gone.png"), (["text.png"], ["x"], "--validation_image text.png: "),
+    (["a.png"], [], "as many"), ([], ["x"], "as many"), (["a.png", "b.png"], ["x", "y", "z"], "as many"),
 ])  # fmt: skip
 @pytest.mark.parametrize("more", ["--dry_run", "--offload"])  # the second one would begin
 def test_validation_cases_that_do_not_fit_are_refused(images, prompts, said, more, folder, flags, refused, monkeypatch):
@@ -170,8 +134,8 @@ def test_validation_cases_that_do_not_fit_are_refused(images, prompts, said, mor
 
 
 @pytest.mark.parametrize("images, prompts, cases", [
-    (["a.png", "b.png"], ["x", "y"], [("a.png", "x"), ("b.png", "y")]), (["b.png"], [""], [("b.png", "")]),
-    (["a.png", "b.png"], ["x"], [("a.png", "x"), ("b.png", "x")]), ([], [], []),
+    (["a.png", "b.png"], ["x", "y"], [("a.png", "x"), ("b.png", "y")]), ([], [], []),
+    (["a.png", "b.png"], ["x"], [("a.png", "x"), ("b.png", "x")]),
     (["a.png"], ["x", "y"], [("a.png", "x"), ("a.png", "y")]),
 ])  # fmt: skip
 def test_one_picture_or_one_prompt_serves_all_validation_cases(images, prompts, cases, folder, flags):
@@ -181,24 +145,12 @@ def test_one_picture_or_one_prompt_serves_all_validation_cases(images, prompts, 
     assert cv4ctrl.validation_cases(cv4ctrl.parse(argv)) == cases
 
 
-def test_an_output_folder_that_is_a_link_to_nothing(flags, refused, tmp_path):
-    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
-    assert f"{tmp_path}/out" in refused(flags(tmp_path / "out")) and not (tmp_path / "nowhere").exists()
-
-
-def test_a_cache_folder_that_cannot_be_made_is_named(flags, refused, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(cv4ctrl.datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
-    line = refused(flags(tmp_path / "out", dataset_name=tiny.make_data(tmp_path / "data", 48)))
-    assert str(tmp_path / "file") in line
-
-
 def test_an_empty_data_set_and_a_base_without_parts(flags, refused, base, tmp_path):
     file = tmp_path / "rows.jsonl"
-    for text, words in (("", "empty"), ('{"image": 1}\nnot json\n', "rows.jsonl"), ("[1]\n", "rows.jsonl")):
+    for text, words in (("", "empty"), ('{"image": 1}\nnot json\n', "JSONDecodeError"), ("null\n", "JSON object")):
         file.write_text(text)
         line = refused(flags(tmp_path / "out", dataset_name=None, jsonl_for_train=file))
-        assert "rows.jsonl" in line and words in line
+        assert line.startswith(f"cv4ctrl.py: data set {file}: ") and words in line
     other = shutil.copytree(base, tmp_path / "other")
     words = flags(tmp_path / "out", pretrained_model_name_or_path=other)
     (other / "vae" / "diffusion_pytorch_model.safetensors").unlink()
@@ -216,7 +168,7 @@ def test_an_empty_data_set_and_a_base_without_parts(flags, refused, base, tmp_pa
     ("transformer/config.json", "in_channels out_channels patch_size"),
 ])  # fmt: skip
 def test_a_base_that_is_not_like_cogview4_is_refused(file, names, flags, refused, base, tmp_path):
-    """Its training would run without an error and be wrong. So for the transformer of --transformer."""
+    """Its training would run without an error and be wrong. Its file and value are named. So for --transformer."""
     other = shutil.copytree(base, tmp_path / "other", ignore=shutil.ignore_patterns("*.safetensors"))
     true = json.loads((other / file).read_text())
     words = flags(tmp_path / "out", pretrained_model_name_or_path=other)
@@ -225,7 +177,9 @@ def test_a_base_that_is_not_like_cogview4_is_refused(file, names, flags, refused
     for name in names.split():
         for settings in (true | {name: 0.3}, {key: true[key] for key in true if key != name}):
             (other / file).write_text(json.dumps(settings))
-            assert f"{file} says {name} = {settings.get(name)}" in refused([*words, "--dry_run"])
+            line = refused([*words, "--dry_run"])
+            assert f"{file} says {name} = {settings.get(name)}, CogView4-6B has {true[name]}" in line
+            assert f"--transformer {other}" in line or not file.startswith("transformer")
 
 
 def test_dry_run_sees_what_it_would_continue_from_and_writes_nothing(flags, refused, tmp_path, capsys):
@@ -260,9 +214,3 @@ def test_the_recipe_needs_a_gpu():
     env = {name: value for name, value in os.environ.items() if name != "NUM_GPUS"} | {"HOSTFILE": "/nowhere"}
     done = subprocess.run(["bash", "run.sh"], cwd=ROOT, capture_output=True, text=True, env=env, timeout=60)
     assert done.returncode == 2 and "bash run.sh demo" in done.stderr and not done.stdout
-
-
-def test_files_that_the_readme_names_are_there():
-    text = (ROOT / "README.md").read_text()
-    named = set(re.findall(r"tests/[\w/.-]*\w|cv4ctrl\.py|ds_config\.json|run\.sh|requirements\.txt", text))
-    assert len(named) > 5 and all((ROOT / name).exists() for name in named), named
