@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,9 +36,7 @@ TOKENS = 16  # of a caption
 VISITS = (1, 3, 10)  # of each row, in the section reference
 # A base whose parts stand, at 256 px and 16 tokens, in the proportion of work that CogView4-6B's have at 1024 px: there
 # forward and backward pass 167 TFLOP, VAE 19 a picture, text encoder 2.4; here 22.4, 2.5 and 0.34 GFLOP.
-PROPORTIONS = dict(
-    layers=4, heads=8, head_dim=64, text_dim=768, vae_channels=(16, 36, 64, 64), words=tiny.all_captions()
-)
+PROPORTIONS = dict(layers=4, heads=8, head_dim=64, text_dim=768, vae_channels=(16, 36, 64, 64))
 
 
 def spread(values, scale=1.0):
@@ -92,7 +91,11 @@ class Bench:
         self.options = options
         self.device = cv4ctrl.start_ranks(60)
         self.folder = Path(folder)
-        base = tiny.make_base(f"{folder}/base", **PROPORTIONS) if options.in_proportion else ROOT / "tests/demo/base"
+        base = ROOT / "tests/demo/base"
+        if options.in_proportion:
+            tokenizer = base / "tokenizer"  # in which the captions have fewer than 16 tokens
+            base = tiny.make_base(f"{folder}/base", **PROPORTIONS)
+            shutil.copytree(tokenizer, base / "tokenizer", dirs_exist_ok=True)
         words = f"--pretrained_model_name_or_path {base} --output_dir {folder}/out --probe_samples 0"
         words += " --lr_scheduler constant --num_validation_images 0 --recompute none"
         words += " --resolution 64 --train_batch_size 4 --mixed_precision no --dataloader_num_workers 1"
@@ -116,16 +119,16 @@ class Bench:
         engine = cv4ctrl.start_engine(config, settings, transformer)
         return engine, cv4ctrl.VelocityModel(engine, config.resolution)
 
-    def data(self, resolution, lengths=(TOKENS,)):
-        """Folder of captioned shapes; lengths: of their captions in turn, in tokens."""
+    def data(self, resolution):
+        """Folder of captioned shapes; their captions have TOKENS tokens, which the example needs to be 16 n."""
         tokenizer = cv4ctrl.transformers.AutoTokenizer.from_pretrained(self.base / "tokenizer")
-        shapes = zip(tiny.make_rows(self.options.rows, resolution), itertools.cycle(lengths))
-        rows = [(*pair, text + "!" * (n - len(tokenizer(text).input_ids))) for (*pair, text), n in shapes]
+        shapes = tiny.make_rows(self.options.rows, resolution)
+        rows = [(*pair, text + "!" * (TOKENS - len(tokenizer(text).input_ids))) for *pair, text in shapes]
         return str(tiny.write_parquet(tempfile.mkdtemp(dir=self.folder), rows))
 
-    def batches(self, config, *lengths):
+    def batches(self, config):
         """The trainer's micro-batches of such data, without end."""
-        config = dataclasses.replace(config, dataset_name=self.data(config.resolution, *lengths))
+        config = dataclasses.replace(config, dataset_name=self.data(config.resolution))
         encoded = cv4ctrl.encode(config, self.base, cv4ctrl.open_dataset(config), self.device)
         load = functools.partial(cv4ctrl.Stream(config, encoded, 0, 1).micro_batch, self.device)
         return cv4ctrl.prefetch(load, itertools.count(), config.dataloader_num_workers)
@@ -134,11 +137,6 @@ class Bench:
         """Seconds that functions give, called in turn, a column each."""
         rows = [[function() for function in functions] for _ in range(WARM_UP + self.options.steps)]
         return pandas.DataFrame(rows)[WARM_UP:]
-
-    def in_turn(self, names, *functions):
-        """Figures of two functions that give seconds: theirs, and how much more the first takes."""
-        frame = self.times(*functions)
-        return dict(zip(names, (spread(frame[0], 1e3), spread(frame[1], 1e3), spread(frame[0] / frame[1] - 1, 100))))
 
 
 def section_step(bench):
@@ -179,48 +177,24 @@ def section_bare(bench):
         return now() - start
 
     step = functools.partial(timed_step, config, *bench.engine(config), itertools.repeat(batch))
-    yield bench.in_turn(("trainer ms", "bare ms", "overhead %"), step, bare_step)
+    frame = bench.times(step, bare_step)
+    times = {"trainer ms": spread(frame[0], 1e3), "bare ms": spread(frame[1], 1e3)}
+    yield times | {"overhead %": spread(frame[0] / frame[1] - 1, 100)}
 
 
 def section_recompute(bench):
     """a step with each value of --recompute, in turn"""
     configs = [bench.config(recompute=choice) for choice in cv4ctrl.KEPT_PER_BLOCK]
-    frame = bench.times(
-        *(functools.partial(timed_step, one, *bench.engine(one), bench.batches(one)) for one in configs)
-    )
+    steps = [functools.partial(timed_step, one, *bench.engine(one), bench.batches(one)) for one in configs]
+    frame = bench.times(*steps)
     for n, one in enumerate(configs):
         relative = spread(frame[n] / frame[len(configs) - 1])
         yield {"recompute": one.recompute, "ms": spread(frame[n], 1e3), "relative to all": relative}
 
 
-def section_mixed(bench):
-    """captions of 16 to 64 tokens in a micro-batch, four runs of attention, against as many of the longest, in turn"""
-    config = bench.config()
-    step = functools.partial(timed_step, config, *bench.engine(config))
-    steps = [functools.partial(step, bench.batches(config, lengths)) for lengths in ((64, 48, 32, 16), (64,))]
-    yield bench.in_turn(("mixed ms", "equal ms", "mixed costs more %"), *steps)
-
-
-def section_encode(bench):
-    """encoding into a fresh cache; share of the time inside VAE and text encoder, of all and without loading them"""
-    parts = {"VAE": (cv4ctrl.diffusers.AutoencoderKL, "encode"), "loop": (cv4ctrl, "encode_share")}
-    parts |= {"text": (cv4ctrl.diffusers.CogView4ControlPipeline, "encode_prompt"), "all": (cv4ctrl, "encode")}
-    parts["loading"] = (cv4ctrl, "load_encoders")
-    measured = []
-    for repeat in range(bench.options.repeats):
-        config = bench.config(dataset_name=bench.data(bench.flags.resolution), encoded_dir=f"{bench.folder}/{repeat}")
-        with timed(**parts) as spent:
-            cv4ctrl.encode(config, bench.base, cv4ctrl.open_dataset(config), bench.device)
-        measured.append(spent)
-    frame = pandas.DataFrame(measured)
-    both = frame["VAE"] + frame["text"]
-    shares = {"% of all": both / frame["all"], "% of the loop": both / (frame["loop"] - frame["loading"])}
-    yield {"s": spread(frame["all"])} | {name: spread(share, 100) for name, share in shares.items()}
-
-
 def section_reference(bench):
     """samples/s against the example, which encodes in every step; in turn, same base, rows, batch, precision, steps"""
-    data = bench.data(bench.flags.resolution)  # the example needs captions of multiples of 16 tokens
+    data = bench.data(bench.flags.resolution)
     names = ("pretrained_model_name_or_path", "dataset_name", "resolution", "train_batch_size", "mixed_precision",
              "max_train_steps", "dataloader_num_workers")  # fmt: skip
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
@@ -261,10 +235,8 @@ def main(argv):
     parser = argparse.ArgumentParser(f"bench.py [{' '.join(SECTIONS)}]", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--steps", type=int, default=60, help="that count [60]")
-    parser.add_argument("--repeats", type=int, default=3, help="of encode and reference [3]")
-    parser.add_argument(
-        "--in-proportion", action="store_true", help="a base whose parts work like those of CogView4-6B"
-    )
+    parser.add_argument("--repeats", type=int, default=3, help="of reference [3]")
+    parser.add_argument("--in-proportion", action="store_true", help="a base with CogView4-6B's proportions")
     parser.add_argument("--rows", type=int, default=64, help="of the data [64]")
     parser.add_argument("--reference", help="your copy of diffusers' train_control_cogview4.py; it needs accelerate")
     options, flags = parser.parse_known_args(argv[len(chosen) :])

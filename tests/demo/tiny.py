@@ -21,30 +21,24 @@ GROUNDS |= {"pale pink": (250, 190, 205), "grey": (160, 160, 160)}
 SHAPES = {"circle": 60, "triangle": 3, "square": 4, "star": 5}  # corners
 
 
-def make_tokenizer(folder, texts=()):
-    """Tokenizer with GLM-4's frame and padding -> size of its vocabulary. Its tokens: bytes, and words of `texts`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+def make_tokenizer(folder):
+    """Tokenizer with GLM-4's frame and padding, whose tokens are bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     special = ["<|endoftext|>", "[gMASK]", "<sop>"]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(special + letters)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=bool(texts))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    if texts:
-        options = {"vocab_size": 512, "special_tokens": special, "initial_alphabet": letters, "show_progress": False}
-        tokenizer.train_from_iterator(texts, trainers.BpeTrainer(**options))
     frame = [(token, tokenizer.token_to_id(token)) for token in special[1:]]
     tokenizer.post_processor = processors.TemplateProcessing(single="[gMASK] <sop> $A", special_tokens=frame)
     options = {"pad_token": special[0], "eos_token": special[0], "additional_special_tokens": special[1:]}
     options |= {"padding_side": "left", "model_input_names": ["input_ids", "attention_mask"]}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options).save_pretrained(folder)
-    return tokenizer.get_vocab_size()
 
 
-def make_base(
-    folder, seed=0, layers=2, heads=4, head_dim=16, text_dim=32, text_std=0.02, vae_channels=(8, 8, 16, 16), words=()
-):
+def make_base(folder, seed=0, layers=2, heads=4, head_dim=16, text_dim=32, vae_channels=(8, 8, 16, 16)):
     """Random CogView4 base in `folder`, in bf16; each part loads with the class that model_index.json names."""
     import diffusers
     from transformers import GlmConfig, GlmModel
@@ -52,11 +46,11 @@ def make_base(
     folder = Path(folder)
     torch.manual_seed(seed)
     diffusers.utils.logging.set_verbosity_error()  # the plain casts below are meant
-    config = GlmConfig(
-        vocab_size=make_tokenizer(folder / "tokenizer", words), hidden_size=text_dim, intermediate_size=2 * text_dim,
-        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=text_dim // 2, pad_token_id=0,
-        eos_token_id=0, max_position_embeddings=2048, attention_bias=True, initializer_range=text_std)  # fmt: skip
-    text_encoder = GlmModel(config)
+    make_tokenizer(folder / "tokenizer")
+    text_encoder = GlmModel(GlmConfig(
+        vocab_size=512, hidden_size=text_dim, intermediate_size=2 * text_dim, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=text_dim // 2, pad_token_id=0, eos_token_id=0,
+        max_position_embeddings=2048, attention_bias=True))  # fmt: skip
     vae = diffusers.AutoencoderKL(
         latent_channels=16, block_out_channels=vae_channels, down_block_types=["DownEncoderBlock2D"] * 4,
         up_block_types=["UpDecoderBlock2D"] * 4, norm_num_groups=4, scaling_factor=1.0, shift_factor=0.0,
@@ -88,11 +82,6 @@ def control_model(base):
     with torch.no_grad():
         model.patch_embed.proj.weight[:, 64:].normal_(std=0.1, generator=torch.Generator().manual_seed(0))
     return model
-
-
-def all_captions():
-    """Every caption that draw_pair gives."""
-    return [f"a {colour} {shape} on {ground}" for colour in COLOURS for shape in SHAPES for ground in GROUNDS]
 
 
 def draw_pair(rng, pixels=64):
