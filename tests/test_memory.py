@@ -68,8 +68,7 @@ def cogview(base, tmp_path_factory):
 
 @pytest.mark.parametrize("recompute, lengths, resolution, precision", [
     *((recompute, [128], 1024, "bf16") for recompute in cv4ctrl.KEPT_PER_BLOCK), ("all", 8 * [1024], 1024, "bf16"),
-    *((recompute, 8 * [128], 1024, "bf16") for recompute in ("none", "some", "most")), ("none", 4 * [224], 512, "no"),
-    ("none", [16, 64, 64, 128], 1024, "bf16"),
+    ("none", 4 * [224], 512, "no"), ("none", [16, 64, 64, 128], 1024, "bf16"),
 ])  # fmt: skip
 def test_activations_of_cogview4(recompute, lengths, resolution, precision, cogview):
     """One forward and backward pass on tensors without data; gradients are freed once summed, as ZeRO-2 does it."""
@@ -134,17 +133,8 @@ CARDS = {"A100-40GB": 42.4e9, "A100-80GB": 85e9, "H200-141GB": 150e9}  # bytes a
     (1, "A100-40GB", -77.0, -0.6, "all/cpu", "all/cpu", "all/cpu"),  # does not fit at all: refused by check_machine
     (1, "A100-80GB", -38.7, 37.7, "none/cpu", "some/cpu", "most/cpu"),  # offloaded in any case: 21.9, 30.2, 30.0 fit
     (1, "H200-141GB", 19.8, 96.2, "some/none", "most/none", "all/none"),  # 7.8, 15.2, 15.1 fit, so none is offloaded
-    (2, "A100-40GB", -26.0, 12.2, "some/cpu", "all/cpu", "all/cpu"),  # 7.8, 7.7 fit; 15.1 does not: refused
     (2, "A100-80GB", 12.3, 50.5, "some/none", "all/none", "most/cpu"),  # 7.8, 7.7 fit; 15.1 only offloaded, 30.0 then
-    (2, "H200-141GB", 70.8, 109.0, "none/none", "some/none", "some/none"),  # 21.9, 30.2, 59.9 fit
-    (4, "A100-40GB", -0.6, 18.5, "some/cpu", "most/cpu", "all/cpu"),  # offloaded in any case: 7.8, 15.2, 15.1 fit
-    (4, "A100-80GB", 37.7, 56.8, "none/none", "some/none", "most/none"),  # 21.9, 30.2, 30.0 fit
-    (4, "H200-141GB", 96.2, 115.3, "none/none", "none/none", "some/none"),  # 21.9, 86.2, 59.9 fit
-    (8, "A100-40GB", 12.2, 21.7, "some/none", "all/none", "all/cpu"),  # 7.8, 7.7 fit; 15.1 only offloaded, 30.0 never
     (8, "A100-80GB", 50.5, 60.0, "none/none", "some/none", "most/none"),  # 21.9, 30.2, 30.0 fit; 59.9 does not
-    (8, "H200-141GB", 109.0, 118.5, "none/none", "none/none", "some/none"),  # 21.9, 86.2, 59.9 fit
-    (64, "A100-40GB", 23.3, 24.5, "none/none", "most/none", "all/none"),  # 21.9, 15.2, 15.1 fit
-    (64, "A100-80GB", 61.6, 62.8, "none/none", "some/none", "some/none"),  # 21.9, 30.2, 59.9 fit
     (64, "H200-141GB", 120.1, 121.3, "none/none", "none/none", "some/none"),  # 21.9, 86.2, 59.9 fit
 ])  # fmt: skip
 def test_what_is_given_up(number, card, left, left_offloaded, with_1, with_4, with_8, cogview, config):
@@ -163,7 +153,7 @@ def test_what_is_given_up(number, card, left, left_offloaded, with_1, with_4, wi
 @pytest.mark.parametrize("memory, asked, offload, expected", [
     (80e9, "none", "auto", "none/cpu"), (80e9, "auto", "none", "all/none"), (80e9, "auto", "cpu", "some/cpu"),
     (80e9, "most", "none", "most/none"),  # too much, which is check_machine's to refuse
-    (math.inf, "auto", "auto", "all/none"), (math.inf, "some", "auto", "some/none"),  # a device of unknown memory
+    (math.inf, "auto", "auto", "all/none"),  # a device of unknown memory
 ])  # fmt: skip
 def test_what_is_said_is_done(memory, asked, offload, expected, cogview, config, tmp_path):
     file = engine_file(tmp_path, "zero_optimization.offload_optimizer.device", offload)
@@ -208,41 +198,22 @@ def test_the_printed_plan(cogview, flags, capsys, tmp_path, monkeypatch):
     common = dict(pretrained_model_name_or_path=cogview, encoded_dir=None, resolution=1024, mixed_precision="bf16")
     longest = max(16 * math.ceil((2 + len(text)) / 16) for _, _, text in tiny.make_rows(48))  # 2, and a byte a token
     flops = 6 * 12 * 28 * 4096**2 * (4096 + longest) + 12 * 28 * 4096 * (4096 + longest) ** 2  # 167e12 with 128 tokens
-    for recompute in ("auto", "none"):  # which is too much, and offloaded
-        options = {"max_train_steps": 1000, "recompute": recompute}
-        cv4ctrl.main([*flags(tmp_path / "out", **common, **options), "--dry_run"])
-        text = capsys.readouterr().out
-        plan = dict(line.split(maxsplit=1) for line in text.splitlines())
-        assert plan["steps"] == "1000 of 32 samples, 0 done; 48 rows; ZeRO-2"
-        a, b = (4 * flops / (share * 989e12) for share in (0.35, 0.2))
-        hours = a * 1000 / 3600, b * 1000 / 3600
-        assert plan["time"] == "{:.1f} to {:.1f} s a step, {:.0f} to {:.0f} hours".format(a, b, *hours)
-        disk = 14 * 6.37, 48 * 2 * 32 * 128**2 * 2 / 1e9
-        assert plan["disk"] == "{:.1f} GB a checkpoint, {:.1f} GB of encoded data".format(*disk)
-        total, parts = plan["memory"].split(" of 76 usable GB, NVIDIA H100 80GB HBM3: ")
-        sizes = {part: float(size) for part, size in (part.split() for part in parts.split(", "))}
-        assert float(total) == pytest.approx(sum(sizes.values()), abs=0.3)
-        chosen, of_each = plan["--recompute"].split("; GB with ")
-        of_each = dict(size.split() for size in of_each.split(", "))
-        assert list(of_each) == ["none", "some", "most", "all"] and of_each[chosen] == total
-        offloaded = recompute == "none"
-        assert chosen == ("none" if offloaded else "some")
-        assert (sizes["weights"], sizes["gradients"], sizes["buckets"]) == (12.7, 3.2, 0.5)
-        assert sizes["optimizer"] == (0 if offloaded else 9.6) and ("hosts at least 115 GB" in text) == offloaded
+    cv4ctrl.main([*flags(tmp_path / "out", **common, max_train_steps=1000), "--dry_run"])
+    plan = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert plan["steps"] == "1000 of 32 samples, 0 done; 48 rows; ZeRO-2"
+    a, b = (4 * flops / (share * 989e12) for share in (0.35, 0.2))
+    hours = a * 1000 / 3600, b * 1000 / 3600
+    assert plan["time"] == "{:.1f} to {:.1f} s a step, {:.0f} to {:.0f} hours".format(a, b, *hours)
+    disk = 14 * 6.37, 48 * 2 * 32 * 128**2 * 2 / 1e9
+    assert plan["disk"] == "{:.1f} GB a checkpoint, {:.1f} GB of encoded data".format(*disk)
+    total, parts = plan["memory"].split(" of 76 usable GB, NVIDIA H100 80GB HBM3: ")
+    assert parts.startswith("weights 12.7, gradients 3.2, buckets 0.5, optimizer 9.6, activations ")
+    assert plan["--recompute"].startswith("some; GB with none ") and f"some {total}, most" in plan["--recompute"]
+    put_cards(monkeypatch, 8, "Another Card", 85e9)  # of unknown speed
+    cv4ctrl.main([*flags(tmp_path / "out", **common, recompute="none"), "--dry_run"])  # too much, so it is offloaded
+    text = capsys.readouterr().out
+    assert "hours" not in text and "of the hosts at least 115 GB" in text and "optimizer 0.0, " in text
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name, flops", [
-    ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H100 NVL", 989e12), ("NVIDIA H200", 989e12), ("NVIDIA B200", 2250e12),
-    ("Another Card", 0),
-])  # fmt: skip
-def test_cards_are_known_by_name_and_without_their_speed_no_time_is_told(
-    name, flops, cogview, flags, capsys, tmp_path, monkeypatch
-):
-    put_cards(monkeypatch, 2, name, 99e9)
-    assert cv4ctrl.cards_of() == (2, name, 99e9, flops)
-    cv4ctrl.main([*flags(tmp_path, pretrained_model_name_or_path=cogview, mixed_precision="bf16"), "--dry_run"])
-    assert ("hours" in capsys.readouterr().out) == (flops > 0)
 
 
 def test_a_large_model_without_a_gpu_is_refused(cogview, flags, refused, tmp_path, monkeypatch):
