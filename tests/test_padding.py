@@ -1,14 +1,11 @@
-"""Captions of several lengths share a batch without touching each other; entries of the cache are read as inference
-computes them."""
+"""Captions of several lengths share a batch without touching each other, or what pads them."""
 
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import CogView4ControlPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.models.transformers.transformer_cogview4 import CogView4AttnProcessor
 from safetensors.torch import save_file
 
 import cv4ctrl
@@ -65,35 +62,6 @@ def test_a_sample_in_a_batch_of_several_lengths_has_the_loss_and_gradients_it_ha
         torch.testing.assert_close(loss.double(), mean.double(), rtol=1e-6, atol=0)
 
 
-def test_garbage_in_the_padding_changes_nothing(model, samples, monkeypatch):
-    """Losses and gradients stay bitwise what they were."""
-    expected = losses_and_gradients(model, samples)
-    lengths = {len(sample["prompt"]) for sample in samples}
-
-    def pad_with_garbage(prompts, batch_first):
-        padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=batch_first)
-        for row, prompt in zip(padded, prompts):
-            row[len(prompt) :] = 1e4 * torch.randn_like(row[len(prompt) :])
-        assert (padded.abs().max() > 1e3) == (len(lengths) > 1)
-        return padded
-
-    monkeypatch.setattr(cv4ctrl, "pad_sequence", pad_with_garbage)
-    for found, before in zip(losses_and_gradients(model, samples), expected, strict=True):
-        assert all(map(torch.equal, found, before))
-
-
-def test_attention_equals_the_installed_processor_sample_by_sample(model):
-    attention = model.network.transformer_blocks[0].attn1
-    image, captions = torch.randn(5, 64, 64, generator=torch.Generator().manual_seed(0)).split([16, 48], dim=1)
-    runs = [(0, 1, 48), (1, 3, 16), (3, 4, 48), (4, 5, 32)]
-    rotary = model.constant["image_rotary_emb"]
-    found = cv4ctrl.PrefixAttention()(attention, image, captions, rotary, runs)
-    for n, length in enumerate([48, 16, 16, 48, 32]):
-        expected = CogView4AttnProcessor()(attention, image[n, None], captions[n, None, :length], None, rotary)
-        torch.testing.assert_close(found[0][n], expected[0][0], rtol=0, atol=1e-6)
-        torch.testing.assert_close(found[1][n, :length], expected[1][0], rtol=0, atol=1e-6)
-
-
 def test_attention_gets_no_mask_and_is_called_once_for_a_batch_of_one_length(model, samples, monkeypatch):
     calls, attend = [], F.scaled_dot_product_attention
 
@@ -106,18 +74,6 @@ def test_attention_gets_no_mask_and_is_called_once_for_a_batch_of_one_length(mod
     cv4ctrl.flow_matching_loss(model, cv4ctrl.collate(samples, model.device)).backward()
     of_block = [(length, len(list(run))) for length, run in itertools.groupby(len(s["prompt"]) for s in samples)]
     assert calls == [((size, 4, 16 + length, 16), None, False) for length, size in of_block] * 2  # blocks
-
-
-def test_embeddings_in_the_cache_are_padded_as_the_pipeline_pads_them(base, config, device, tmp_path):
-    """On the left to a multiple of 16 tokens, each caption by itself, though they are encoded in one run."""
-    captions = ["", "fourteen bytes", "a caption that takes some more tokens than the others do"]
-    columns = ("image", "conditioning_image", "text")
-    rows = [dict(zip(columns, (*tiny.make_rows(1)[0][:2], text))) for text in captions]
-    encoded = cv4ctrl.encode(config(encoded_dir=tmp_path), base, rows, device)
-    pipe = CogView4ControlPipeline.from_pretrained(base, transformer=None, dtype=torch.bfloat16)
-    for row, caption, length in zip(encoded.train, captions, (16, 16, 64), strict=True):
-        (expected,) = pipe.encode_prompt(caption, do_classifier_free_guidance=False)[0]
-        assert len(expected) == length and torch.equal(encoded.entry(row.caption_key), expected)
 
 
 def test_draws_from_a_posterior_are_those_of_diffusers_also_where_its_variance_is_extreme(tmp_path):
