@@ -34,24 +34,13 @@ def test_no_spelling_of_half_precision_is_taken_on_the_command_line(flag, refuse
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", HOLD_A_TYPE)
-def test_no_value_of_the_engine_settings_can_be_half_precision(name, refused, tmp_path):
-    for word in HALF:
-        file = engine_file(tmp_path, name, word)
-        line = refused([*NOTHING, "--output_dir", tmp_path / "out", "--deepspeed_config", file])
-        assert f'{name} = "{word}"' in line and "bf16" in line
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("name, value", [
-    ("fp16", {"enabled": True}), ("fp16", {"enabled": "auto"}), ("fp16", {"loss_scale": 0}), ("fp16", True),
-    ("fp16.fp16_master_weights_and_grads", True), ("fp8", {"enabled": True}), ("fp8", True),
-    ("amp", {"enabled": True, "opt_level": "O1"}), ("torch_autocast", {"enabled": True, "dtype": "float16"}),
-    ("torch_autocast", {"enabled": True, "dtype": "bfloat16"}), ("torch_autocast.enabled", True),
-    ("data_types", "fp16"), ("bf16", "fp16"), ("bf16.fp16", True), ("zero_optimization.fp16", {"enabled": True}),
-    ("optimizer.params.dtype", "fp16"),
+    *((name, word) for name in HOLD_A_TYPE for word in ("fp16", "FP16", "torch.float16", "half", "float8_e4m3fn")),
+    ("fp16", {"enabled": True}), ("fp16", {"enabled": "auto"}), ("fp16", True), ("fp8", {"enabled": True}),
+    ("amp", {"enabled": True, "opt_level": "O1"}), ("torch_autocast", {"enabled": True, "dtype": "bfloat16"}),
+    ("data_types", "fp16"), ("bf16", "fp16"), ("bf16.fp16", True), ("optimizer.params.dtype", "fp16"),
 ])  # fmt: skip
-def test_no_section_of_the_engine_settings_can_bring_in_half_precision(name, value, refused, tmp_path):
+def test_nothing_in_the_engine_settings_can_bring_in_half_precision(name, value, refused, tmp_path):
     """torch_autocast may not even say bfloat16: it would make a run with --mixed_precision no a bf16 run."""
     file = engine_file(tmp_path, name, value)
     line = refused([*NOTHING, "--output_dir", tmp_path / "out", "--deepspeed_config", file])

@@ -232,8 +232,7 @@ SECTIONS = {name[8:]: function for name, function in list(globals().items()) if 
 def main(argv):
     """Prints the figures -> {section: its rows}."""
     chosen = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    parser = argparse.ArgumentParser(f"bench.py [{' '.join(SECTIONS)}]", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=60, help="that count [60]")
     parser.add_argument("--repeats", type=int, default=3, help="of reference [3]")
     parser.add_argument("--in-proportion", action="store_true", help="a base with CogView4-6B's proportions")
@@ -241,8 +240,6 @@ def main(argv):
     parser.add_argument("--reference", help="your copy of diffusers' train_control_cogview4.py; it needs accelerate")
     options, flags = parser.parse_known_args(argv[len(chosen) :])
     sections = chosen or [name for name in SECTIONS if options.reference or name != "reference"]
-    if unknown := set(sections) - SECTIONS.keys():
-        parser.error(f"no such section: {', '.join(unknown)}")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options, flags, folder)
         found = {name: list(SECTIONS[name](bench)) for name in sections}

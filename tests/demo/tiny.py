@@ -5,7 +5,6 @@ captioned coloured shapes, the control is their outline. base/ beside this file 
 (tests/bench/NOTES.md, 1)."""
 
 import io
-import json
 import math
 import random
 import sys
@@ -21,7 +20,7 @@ GROUNDS |= {"pale pink": (250, 190, 205), "grey": (160, 160, 160)}
 SHAPES = {"circle": 60, "triangle": 3, "square": 4, "star": 5}  # corners
 
 
-def make_tokenizer(folder):
+def make_tokenizer():
     """Tokenizer with GLM-4's frame and padding, whose tokens are bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -35,7 +34,7 @@ def make_tokenizer(folder):
     tokenizer.post_processor = processors.TemplateProcessing(single="[gMASK] <sop> $A", special_tokens=frame)
     options = {"pad_token": special[0], "eos_token": special[0], "additional_special_tokens": special[1:]}
     options |= {"padding_side": "left", "model_input_names": ["input_ids", "attention_mask"]}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options).save_pretrained(folder)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
 
 
 def make_base(folder, seed=0, layers=2, heads=4, head_dim=16, text_dim=32, vae_channels=(8, 8, 16, 16)):
@@ -43,10 +42,8 @@ def make_base(folder, seed=0, layers=2, heads=4, head_dim=16, text_dim=32, vae_c
     import diffusers
     from transformers import GlmConfig, GlmModel
 
-    folder = Path(folder)
     torch.manual_seed(seed)
     diffusers.utils.logging.set_verbosity_error()  # the plain casts below are meant
-    make_tokenizer(folder / "tokenizer")
     text_encoder = GlmModel(GlmConfig(
         vocab_size=512, hidden_size=text_dim, intermediate_size=2 * text_dim, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, head_dim=text_dim // 2, pad_token_id=0, eos_token_id=0,
@@ -58,15 +55,11 @@ def make_base(folder, seed=0, layers=2, heads=4, head_dim=16, text_dim=32, vae_c
     transformer = diffusers.CogView4Transformer2DModel(
         in_channels=16, out_channels=16, num_layers=layers, num_attention_heads=heads, attention_head_dim=head_dim,
         text_embed_dim=text_dim, time_embed_dim=32, condition_dim=16, sample_size=8)  # fmt: skip
-    shift = {"use_dynamic_shifting": True, "time_shift_type": "linear", "base_shift": 0.25, "max_shift": 0.75}
-    diffusers.FlowMatchEulerDiscreteScheduler(base_image_seq_len=256, **shift).save_pretrained(folder / "scheduler")
-    index = {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"], "_class_name": "CogView4Pipeline"}
-    index["tokenizer"] = ["transformers", "PreTrainedTokenizerFast"]
-    for name, part in (("text_encoder", text_encoder), ("vae", vae), ("transformer", transformer)):
-        part.bfloat16().save_pretrained(folder / name)
-        index[name] = ["transformers" if name == "text_encoder" else "diffusers", type(part).__name__]
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
-    return folder
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, time_shift_type="linear", base_shift=0.25, max_shift=0.75, base_image_seq_len=256)  # fmt: skip
+    parts = make_tokenizer(), text_encoder.bfloat16(), vae.bfloat16(), transformer.bfloat16(), scheduler
+    diffusers.CogView4Pipeline(*parts).save_pretrained(folder)
+    return Path(folder)
 
 
 def load(base):
