@@ -65,34 +65,31 @@ def pipe(base):
     return CogView4ControlPipeline.from_pretrained(base, transformer=None, dtype=torch.bfloat16)
 
 
-def test_pictures_of_a_run(stream, base, encoded, model, pipe, tmp_path):
-    files = [cv4ctrl.draw_pictures(model, stream, base, step) for step in (0, 5)]
-    assert files == [tmp_path / "validation" / f"step-{step}.png" for step in (0, 5)]
-    first, second = map(bands, files)
-    assert first.keys() == {(y, x) for y in range(4) for x in range(4)}  # control, two generated, target; four cases
-    assert all((first[cell] == second[cell]).all() for cell in first)  # the same noise at every step
-    assert len({first[0, x].tobytes() for x in range(4)}) == 4
-    for y, row in enumerate(encoded.held_out):
-        assert (first[y, 0] == seen(pipe, encoded.latents(row.control_key))).all()
-        assert (first[y, 3] == seen(pipe, encoded.latents(row.image_key))).all()
-
-
 @torch.no_grad()
-def test_cases_of_the_user_are_drawn_above_the_held_out_rows(stream, base, config, device, model, pipe, tmp_path):
-    """From their controls and prompts, as control | generated ... | blank; the pictures below stay what they were."""
-    picture, prompt = tmp_path / "own.png", "a green star, seen from above"
-    Image.effect_noise((64, 40), 60).convert("RGB").save(picture)
-    asked = {"validation_image": picture, "validation_prompt": prompt}
+def test_pictures_of_a_run_without_cases_of_the_user_and_with_one(
+    stream, base, config, device, encoded, model, pipe, tmp_path
+):
+    """control | generated, generated | target, or blank. Cases come first; held-out rows stay what they were."""
+    file = cv4ctrl.draw_pictures(model, stream, base, 0)
+    assert file == tmp_path / "validation" / "step-0.png"
+    before = bands(file)
+    assert before.keys() == {(y, x) for y in range(4) for x in range(4)}
+    for y, row in enumerate(encoded.held_out):
+        assert (before[y, 0] == seen(pipe, encoded.latents(row.control_key))).all()
+        assert (before[y, 3] == seen(pipe, encoded.latents(row.image_key))).all()
+
+    own, prompt = tmp_path / "own.png", "a green star, seen from above"
+    Image.effect_noise((64, 40), 60).convert("RGB").save(own)
+    asked = {"validation_image": own, "validation_prompt": prompt}
     config = config(tmp_path, num_validation_images=2, num_inference_steps=2, **asked)
     encoded = cv4ctrl.encode(config, base, cv4ctrl.open_dataset(config), device)
-    before = bands(cv4ctrl.draw_pictures(model, stream, base, 0))
     with mock.patch.object(cv4ctrl, "euler_sample", wraps=cv4ctrl.euler_sample) as sampler:
         found = bands(cv4ctrl.draw_pictures(model, cv4ctrl.Stream(config, encoded, 0, 1), base, 5))
     assert found.keys() == {(y, x) for y in range(1 + 4) for x in range(4)}
     assert all((found[y + 1, x] == before[y, x]).all() for y, x in before)
     noises = [call.args[1] for call in sampler.call_args_list]
     assert len({noise.numpy().tobytes() for noise in noises}) == 2 * (1 + 4)  # each picture from a noise of its own
-    pixels = pipe.image_processor.preprocess(Image.open(picture), 64, 64).bfloat16()
+    pixels = pipe.image_processor.preprocess(Image.open(own), 64, 64).bfloat16()
     control = pipe.vae.encode(pixels).latent_dist.mode()
     assert (found[0, 0] == seen(pipe, control[0])).all() and (found[0, 3] == 255).all()
     texts = [pipe.encode_prompt(text, do_classifier_free_guidance=False)[0][0] for text in (prompt, "")]

@@ -139,28 +139,6 @@ class Bench:
         return pandas.DataFrame(rows)[WARM_UP:]
 
 
-def section_step(bench):
-    """parts of the trainer's step; logging is reading the figures from the device and writing their row"""
-    config = bench.config()
-    log = cv4ctrl.Log(config, cv4ctrl.TrainState(), None)
-    engine, model = bench.engine(config)
-    bench.next = functools.partial(next, bench.batches(config))
-    batches = iter(lambda: bench.next(), None)
-    parts = {"data wait": (bench, "next"), "forward": (cv4ctrl, "flow_matching_loss")}
-    parts |= {"backward": (engine, "backward"), "optimizer": (engine, "step")}
-    steps = []
-    for number in range(WARM_UP + bench.options.steps):
-        with timed(**parts) as spent:
-            start = time.perf_counter()
-            loss, norm = cv4ctrl.train_step(engine, model, batches, config, config.learning_rate)
-            log.write("train", number, {"samples": number, "loss": loss, "lr": 0.0, "grad_norm": norm})
-            seconds = time.perf_counter() - start
-        steps.append(spent | {"logging": seconds - sum(spent.values()), "all": seconds})
-    frame = pandas.DataFrame(steps[WARM_UP:])
-    for part in frame:
-        yield {"part": part, "ms": spread(frame[part], 1e3), "share %": spread(frame[part] / frame["all"], 100)}
-
-
 def section_bare(bench):
     """the trainer's step against forward + backward + AdamW on the same micro-batch without DeepSpeed, in turn"""
     config = bench.config()
