@@ -119,28 +119,24 @@ def folder(tmp_path, monkeypatch):
     Path("text.png").write_text("no picture")
 
 
-@pytest.mark.parametrize("images, prompts, said", [
-    (["a.png", "gone.png"], ["x", "y"], "gone.png"), (["text.png"], ["x"], "--validation_image text.png: "),
-    (["a.png"], [], "as many"), ([], ["x"], "as many"), (["a.png", "b.png"], ["x", "y", "z"], "as many"),
-])  # fmt: skip
-@pytest.mark.parametrize("more", ["--dry_run", "--offload"])  # the second one would begin
-def test_validation_cases_that_do_not_fit_are_refused(images, prompts, said, more, folder, flags, refused, monkeypatch):
-    monkeypatch.setattr(cv4ctrl, "start_ranks", lambda *_: pytest.fail("training would begin"))
-    cases = {"validation_image": images or None, "validation_prompt": prompts or None}
-    assert said in refused([*flags("out", encoded_dir=None, **cases), more])
-    assert not Path("out").exists()
-
-
-@pytest.mark.parametrize("images, prompts, cases", [
+@pytest.mark.parametrize("images, prompts, expected", [
     (["a.png", "b.png"], ["x", "y"], [("a.png", "x"), ("b.png", "y")]), ([], [], []),
     (["a.png", "b.png"], ["x"], [("a.png", "x"), ("b.png", "x")]),
     (["a.png"], ["x", "y"], [("a.png", "x"), ("a.png", "y")]),
+    (["a.png"], [], "as many"), ([], ["x"], "as many"), (["a.png", "b.png"], ["x", "y", "z"], "as many"),
+    (["a.png", "gone.png"], ["x", "y"], "gone.png"), (["text.png"], ["x"], "--validation_image text.png: "),
 ])  # fmt: skip
-def test_one_picture_or_one_prompt_serves_all_validation_cases(images, prompts, cases, folder, flags):
-    given = {"validation_image": images or None, "validation_prompt": prompts or None}
-    argv = [*flags("out", **given), "--dry_run"]
-    cv4ctrl.main(argv)
-    assert cv4ctrl.validation_cases(cv4ctrl.parse(argv)) == cases
+def test_validation_cases_are_n_to_n_or_one_serves_all_and_others_are_refused(
+    images, prompts, expected, folder, flags, refused, monkeypatch
+):
+    monkeypatch.setattr(cv4ctrl, "start_ranks", lambda *_: pytest.fail("training would begin"))
+    argv = flags("out", validation_image=images or None, validation_prompt=prompts or None)
+    if isinstance(expected, str):
+        assert expected in refused(argv) and expected in refused([*argv, "--dry_run"])
+    else:
+        cv4ctrl.main([*argv, "--dry_run"])
+        assert cv4ctrl.validation_cases(cv4ctrl.parse(argv)) == expected
+    assert not Path("out").exists()
 
 
 def test_an_empty_data_set_and_a_base_without_parts(flags, refused, base, tmp_path):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from deepspeed.utils import safe_get_full_grad
-from torch.utils.flop_counter import FlopCounterMode
 
 import cv4ctrl
 import tiny
@@ -39,22 +38,3 @@ def test_gradients_of_the_engine_are_bitwise_the_same_whatever_is_recomputed(pre
         for gradient, expected in zip(found[choice, lengths], found["none", lengths], strict=True):
             assert expected.any() and torch.equal(gradient, expected)
     assert not torch.equal(found["none", str(MIXED)][0], found["none", str(EQUAL)][0])
-
-
-@pytest.mark.parametrize("choice, attention, products", [("some", 0, 4), ("most", 0, 4 + 4), ("all", 1, 4 + 4 + 4)])
-@pytest.mark.parametrize("lengths, runs", [(MIXED, 3), (EQUAL, 1)])
-def test_what_is_recomputed(lengths, runs, choice, attention, products, base):
-    """In each of two blocks of width D = 64, with 3 x 48 tokens: products, counted in D x D, and the modulation.
-
-    Attention counts as 10 ** 12 a call, and is called once for each run of samples of equal length."""
-    attentions = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *args, **kwargs: 10**12}
-    work = {}
-    for one in (choice, "none"):
-        network = tiny.control_model(base)
-        cv4ctrl.recompute(network, one)
-        model = cv4ctrl.VelocityModel(network, 64)
-        with FlopCounterMode(display=False, custom_mapping=attentions) as counter:
-            cv4ctrl.flow_matching_loss(model, micro_batch(lengths)).backward()
-        work[one] = counter.get_total_flops()
-    modulation = 2 * 3 * 32 * (12 * 64)
-    assert work[choice] - work["none"] == 2 * (attention * runs * 10**12 + products * 2 * 3 * 48 * 64**2 + modulation)

@@ -9,7 +9,6 @@ The functions of cv4ctrl.py that train are measured. Figures are medians, with q
 Nothing is downloaded."""
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -55,26 +54,6 @@ def now():
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-@contextlib.contextmanager
-def timed(**targets):
-    """Times the calls of name=(owner, attribute) inside the block -> {name: seconds}."""
-    spent = dict.fromkeys(targets, 0.0)
-
-    def wrap(name, function):
-        def call(*args, **kwargs):
-            start = now()
-            result = function(*args, **kwargs)
-            spent[name] += now() - start
-            return result
-
-        return call
-
-    with contextlib.ExitStack() as stack:
-        for name, (owner, attribute) in targets.items():
-            stack.enter_context(mock.patch.object(owner, attribute, wrap(name, getattr(owner, attribute))))
-        yield spent
 
 
 def timed_step(config, engine, model, batches):
@@ -176,9 +155,12 @@ def section_reference(bench):
     names = ("pretrained_model_name_or_path", "dataset_name", "resolution", "train_batch_size", "mixed_precision",
              "max_train_steps", "dataloader_num_workers")  # fmt: skip
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    whole = ("encode", "load_transformer", "start_engine", "train")
-    parts = {name: (cv4ctrl, name) for name in (*whole, "save_checkpoint")}
-    load, measured = cv4ctrl.load_encoders, []
+    load_encoders, measured = cv4ctrl.load_encoders, []
+    dtype = torch.float32 if bench.flags.mixed_precision == "no" else torch.bfloat16  # in which the example encodes
+
+    def load(*args, **options):
+        return load_encoders(*args, **options).to(dtype)
+
     for n, visits in itertools.product(range(bench.options.repeats), VISITS):
         steps = visits * bench.options.rows // bench.flags.train_batch_size
         config = dataclasses.replace(bench.flags, dataset_name=data, max_train_steps=steps)
@@ -187,15 +169,15 @@ def section_reference(bench):
         words += ["--gradient_checkpointing"] if config.recompute != "none" else []
         command = [sys.executable, f"{ROOT}/tests/bench/reference.py", bench.options.reference, *words]
         done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(mock.patch.object(cv4ctrl.dist, "destroy_process_group"))
-            if config.mixed_precision == "no":  # the example encodes in that precision, too
-                in_fp32 = lambda *args, **options: load(*args, **options).to(torch.float32)  # noqa: E731
-                stack.enter_context(mock.patch.object(cv4ctrl, "load_encoders", in_fp32))
-            spent = stack.enter_context(timed(**parts))
-            cv4ctrl.run(dataclasses.replace(config, output_dir=f"{bench.folder}/run-{n}-{visits}"))
-        ours = [sum(map(spent.get, named)) - spent["save_checkpoint"] for named in (whole, ["train"])]
-        measured.append([visits, steps * config.train_batch_size, float(done.stdout.split()[-1]), *ours])
+        folder = Path(bench.folder, f"run-{n}-{visits}")
+        with mock.patch.multiple(cv4ctrl, load_encoders=load, save_checkpoint=mock.Mock(), copy_weights=mock.Mock()):
+            with mock.patch.object(cv4ctrl.dist, "destroy_process_group"):
+                start = time.perf_counter()
+                cv4ctrl.run(dataclasses.replace(config, output_dir=str(folder)))
+                whole = time.perf_counter() - start
+        rows = pandas.read_json(folder / "metrics.jsonl", lines=True)
+        alone = (config.train_batch_size / rows["samples_per_s"]).sum()
+        measured.append([visits, steps * config.train_batch_size, float(done.stdout.split()[-1]), whole, alone])
     columns = ["example", "trainer, encoding included", "trainer, steps alone"]
     for visits, frame in pandas.DataFrame(measured, columns=["visits", "samples", *columns]).groupby("visits"):
         for name in columns:
