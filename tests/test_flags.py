@@ -5,7 +5,6 @@ import json
 import re
 import shlex
 import shutil
-import typing
 from pathlib import Path
 
 import pytest
@@ -16,22 +15,9 @@ from test_fp16_rejection import engine_file
 
 ROOT = Path(__file__).parents[1]
 FLAGS = cv4ctrl.Config.__dataclass_fields__
-TAKEN = """pretrained_model_name_or_path output_dir seed resolution max_sequence_length train_batch_size max_train_steps
-checkpointing_steps checkpoints_total_limit resume_from_checkpoint proportion_empty_prompts gradient_accumulation_steps
-gradient_checkpointing learning_rate lr_scheduler lr_warmup_steps dataloader_num_workers adam_beta1 adam_beta2
-adam_weight_decay adam_epsilon max_grad_norm report_to mixed_precision dataset_name dataset_config_name image_column
-conditioning_image_column caption_column validation_prompt validation_image num_validation_images validation_steps
-jsonl_for_train guidance_scale offload""".split()
 
 
-def test_flags_of_the_example_are_taken_or_refused_by_name(refused):
-    for name in TAKEN:
-        choices = typing.get_args(FLAGS[name].type) or (FLAGS[name].type,)
-        value = {bool: True, int: 3, float: 0.5, str: "x"}.get(choices[0], choices[-1])
-        value = ["x", "y"] if name in ("validation_image", "validation_prompt") else value
-        words = {bool: [], list: value}.get(type(value), [str(value)])
-        for flag in (f"--{name}", f"--{name.replace('_', '-')}"):
-            assert getattr(cv4ctrl.parse([flag, *words]), name) == value, name
+def test_a_flag_of_the_example_that_is_not_here_is_refused_by_name_and_without_its_value(refused):
     for words in (["--scale_lr"], ["--hub_token", "secret"], ["--hub-token=secret"]):
         line = refused(words)
         assert words[0].split("=")[0] in line and "README" in line and "secret" not in line

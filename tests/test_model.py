@@ -7,15 +7,13 @@ from deepspeed.utils import safe_get_full_grad
 import cv4ctrl
 import tiny
 
-MIXED, EQUAL = [16, 32, 20], [32, 32, 32]
 
-
-def micro_batch(lengths):
-    """Three samples with captions of these lengths."""
+def micro_batch():
+    """Three samples with captions of different lengths."""
     random = torch.Generator().manual_seed(0)
     batch = {name: torch.randn(3, 16, 8, 8, generator=random) for name in ("latents", "control", "noise")}
     batch["timestep"] = torch.tensor([5.0, 300.0, 900.0])
-    return batch | {"prompts": [torch.randn(length, 32, generator=random) for length in lengths]}
+    return batch | {"prompts": [torch.randn(length, 32, generator=random) for length in (16, 32, 20)]}
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -30,11 +28,8 @@ def test_gradients_of_the_engine_are_bitwise_the_same_whatever_is_recomputed(pre
         engine = cv4ctrl.start_engine(config, settings, network)  # its learning rate is 0
         assert network.is_gradient_checkpointing == (choice != "none")
         model = cv4ctrl.VelocityModel(engine, 64)
-        for lengths in (MIXED, EQUAL):
-            engine.backward(cv4ctrl.flow_matching_loss(model, micro_batch(lengths)))
-            found[choice, str(lengths)] = [safe_get_full_grad(weight).clone() for weight in network.parameters()]
-            engine.step()
-    for choice, lengths in found:
-        for gradient, expected in zip(found[choice, lengths], found["none", lengths], strict=True):
+        engine.backward(cv4ctrl.flow_matching_loss(model, micro_batch()))
+        found[choice] = [safe_get_full_grad(weight).clone() for weight in network.parameters()]
+    for gradients in found.values():
+        for gradient, expected in zip(gradients, found["none"], strict=True):
             assert expected.any() and torch.equal(gradient, expected)
-    assert not torch.equal(found["none", str(MIXED)][0], found["none", str(EQUAL)][0])

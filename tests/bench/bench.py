@@ -1,7 +1,7 @@
 """Measures the trainer and its parts: a table for each section.
 
     python tests/bench/bench.py                                 all sections, with the tiny base of tests/demo/base
-    python tests/bench/bench.py step bare --train_batch_size 8  some of them, with any flags of cv4ctrl.py
+    python tests/bench/bench.py bare --train_batch_size 8       some of them, with any flags of cv4ctrl.py
     python tests/bench/bench.py reference --reference FILE --in-proportion --resolution 256 --rows 48
                                                                 against FILE, your copy of diffusers' example
 
