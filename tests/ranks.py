@@ -57,8 +57,9 @@ class Nursery:
             codes = self.wait(ranks)
         except BaseException as error:
             for number in (signal.SIGCONT, signal.SIGUSR2, signal.SIGKILL):
-                for rank in filter(multiprocessing.Process.is_alive, ranks):
-                    os.kill(rank.pid, number)
+                for rank in ranks:
+                    with contextlib.suppress(ProcessLookupError):  # it has ended
+                        os.kill(rank.pid, number)
                 time.sleep(0.5)
             error.add_note("\n".join(f"--- rank {rank}\n{log.read_text()}" for rank, log in enumerate(logs)))
             raise

@@ -1,7 +1,6 @@
 """What a run tells trackers, and that it goes on without one that fails."""
 
 import json
-import shutil
 import sys
 from unittest import mock
 
@@ -27,18 +26,12 @@ def test_tensorboard_and_through_it_wandb_get_every_figure_and_picture(config, d
     assert (title, image.shape, step) == ("validation", (1, 32, 64, 3), 0) and (image == [1, 0, 0]).all()
 
 
-@pytest.mark.parametrize("tracker, fault", [("tensorboard", "missing"), ("wandb", "missing"), ("tensorboard", "later")])
-def test_a_tracker_that_fails_is_dropped_with_one_line(tracker, fault, config, device, tmp_path, monkeypatch, capsys):
-    if fault == "missing":
-        monkeypatch.setitem(sys.modules, tracker, None)
-    else:
-        pytest.importorskip(tracker)
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+def test_a_tracker_that_fails_is_dropped_with_one_line(tracker, config, device, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, tracker, None)
     log = cv4ctrl.Log(config(tmp_path, report_to=tracker), cv4ctrl.TrainState(), 3)
     for step in (1, 2, 3):
         log.write("train", step, {"loss": 0.5})
-        if step == 1 and fault == "later":  # the folder of its files is replaced by a file
-            shutil.rmtree(tmp_path / "logs")
-            (tmp_path / "logs").write_text("")
     lines = [line for line in capsys.readouterr().err.splitlines() if "cv4ctrl.py" in line]
     assert len(lines) == 1 and f"--report_to {tracker}: " in lines[0] and "without this tracker" in lines[0]
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
