@@ -57,8 +57,8 @@ class Nursery:
             codes = self.wait(ranks)
         except BaseException as error:
             for number in (signal.SIGCONT, signal.SIGUSR2, signal.SIGKILL):
-                for rank in ranks:
-                    with contextlib.suppress(ProcessLookupError):  # it has ended
+                for rank in [rank for rank in ranks if rank.is_alive()]:
+                    with contextlib.suppress(ProcessLookupError):  # it has just ended
                         os.kill(rank.pid, number)
                 time.sleep(0.5)
             error.add_note("\n".join(f"--- rank {rank}\n{log.read_text()}" for rank, log in enumerate(logs)))
