@@ -57,16 +57,16 @@ import transformers
 from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.embeddings import apply_rotary_emb
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils import checkpoint as activation_checkpoint
 from tqdm import tqdm
 
 # === CogView4-6B ===
-# What the formulas take for granted. The base's config files are compared with COGVIEW4: one with
-# another latent scale, say, would be trained without an error, and wrongly.
+# What the formulas take for granted. A base whose config files say otherwise, such as another scale
+# of the latents, would be trained without an error, and wrongly.
 
 TIMESTEPS = 1000
 BASE_SHIFT, MAX_SHIFT, BASE_TOKENS = 0.25, 0.75, 256  # of mu
@@ -74,7 +74,7 @@ LATENT_CHANNELS = 16
 PIXELS_PER_LATENT = 8
 PIXELS_PER_TOKEN = 16  # a token is a patch of 2 x 2 latents
 
-COGVIEW4 = {  # config file -> values; of several any: 32 channels are those of a widened model
+COGVIEW4 = {  # config file -> values; 32 channels are those of a widened model
     "scheduler/scheduler_config.json": {
         "num_train_timesteps": TIMESTEPS,
         "use_dynamic_shifting": True,
@@ -118,6 +118,7 @@ class Config:
         "bf16", "no means fp32; fp16 and fp8 are not supported", kept=True
     )
     recompute: Literal["auto", "all", "most", "some", "none"] = flag("auto", "in each block")
+    compile: bool = flag(False, "compile the blocks: worth a try on a GPU")
     gradient_checkpointing: bool = flag(False, "the same as --recompute all")
     offload: bool = flag(False, "no effect: encoders are freed before training")
 
@@ -184,7 +185,6 @@ class FlagParser(transformers.HfArgumentParser):
 
 
 def parse(argv=None):
-    """Command line -> Config."""
     parser = FlagParser(Config, prog="cv4ctrl.py", allow_abbrev=False)
     parser.add_argument("--local_rank", help="set by the deepspeed launcher")
     config, _, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
@@ -194,18 +194,19 @@ def parse(argv=None):
 
 
 def check(config):
-    """Checks the flags by themselves."""
+    """Checks each flag by itself."""
     for one in fields(config):
-        name, value, limits = one.name, getattr(config, one.name), one.metadata
-        require(value not in ("", []), f"--{name}: must not be empty")
+        value, limits = getattr(config, one.name), one.metadata
+        says = f"--{one.name} {value}: must be"
+        require(value not in ("", []), f"{says} given")
         if type(value) in (int, float):
             least = limits.get("least", 1 if type(value) is int else 0)
             most = limits.get("most", 2**63 - 1)
             step = limits.get("multiple_of", value or 1)
-            require(least <= value <= most, f"--{name} {value}: must be from {least} to {most}")
-            require(value % step == 0, f"--{name} {value}: must be a multiple of {step}")
-    two = config.jsonl_for_train and config.dataset_name != Config.dataset_name
-    require(not two, "--dataset_name and --jsonl_for_train: give one of them")
+            require(least <= value <= most, f"{says} from {least} to {most}")
+            require(value % step == 0, f"{says} a multiple of {step}")
+    one = not config.jsonl_for_train or config.dataset_name == Config.dataset_name
+    require(one, "--dataset_name and --jsonl_for_train: give one of them")
     validation_cases(config)
 
 
@@ -265,11 +266,8 @@ def empty_transformer(folder):
 
 def load_transformer(folder, dtype, device):
     """The widened model with a folder's weights. Raises RuntimeError where one is missing."""
-    files = {folder / "diffusion_pytorch_model.safetensors"}
-    for index in folder.glob("diffusion_pytorch_model.safetensors.index.json"):
-        files = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
     state = {}
-    for file in files:
+    for file in weight_files(folder, "diffusion_pytorch_model"):
         with safe_open(file, "pt", device=str(device)) as tensors:
             state.update({name: tensors.get_tensor(name).to(dtype) for name in tensors.keys()})
     model = empty_transformer(folder)
@@ -282,9 +280,9 @@ def load_transformer(folder, dtype, device):
 class PrefixAttention:
     """Attention for captions of several lengths: exact, and without a mask.
 
-    Tokens come in the order image, caption, padding: a sample's own tokens are a prefix. Neighbours
-    with equal lengths attend together, on their slice. Every kernel takes that, also flash
-    attention, which takes no mask. The order is free: caption tokens carry no position.
+    Tokens come in the order image, caption, padding, which is free since captions carry no position.
+    So a sample's own tokens are a prefix, and neighbours with equal lengths attend together, on a
+    slice. Every kernel takes that; flash attention takes no mask.
     """
 
     def __call__(
@@ -322,16 +320,14 @@ class PrefixAttention:
 KEPT_PER_BLOCK = {"none": 22, "some": 7, "most": 3, "all": 1}
 
 
-def recompute(transformer, choice):
-    """Makes the blocks keep what KEPT_PER_BLOCK says."""
-
+def recompute(transformer, choice, compiled=False):
+    """Makes the blocks keep what KEPT_PER_BLOCK says, and compiles them."""
     policies = activation_checkpoint.CheckpointPolicy
 
     def policy(context, operator, *args, **kwargs):
-        keep = operator.name().startswith(
-            "aten::_scaled_dot_product_"
-        )  # flash, efficient, cuDNN, CPU
-        if operator is torch.ops.aten.addmm.default:  # bias + x @ weight.T
+        # The outputs of attention, whatever the kernel, and of products: bias + x @ weight.T.
+        keep = operator.name().startswith("aten::_scaled_dot_product_")
+        if operator is torch.ops.aten.addmm.default:
             inputs, outputs = args[2].shape
             keep = inputs > outputs or (choice == "some" and inputs == outputs)
         return policies.MUST_SAVE if keep else policies.PREFER_RECOMPUTE
@@ -340,9 +336,17 @@ def recompute(transformer, choice):
     if choice in ("most", "some"):
         contexts = activation_checkpoint.create_selective_checkpoint_contexts
         options["context_fn"] = partial(contexts, policy)
-    if choice != "none":
-        function = partial(activation_checkpoint.checkpoint, **options)
-        transformer.enable_gradient_checkpointing(function)
+
+    def run_block(block, *inputs):
+        if choice == "none":
+            return block(*inputs)
+        return activation_checkpoint.checkpoint(block, *inputs, **options)
+
+    if compiled:  # with the checkpoint, whose policy would not see what is inside compiled blocks
+        torch._dynamo.config.recompile_limit = 64  # one for each grouping of caption lengths
+        run_block = torch.compile(run_block)
+    if compiled or choice != "none":
+        transformer.enable_gradient_checkpointing(run_block)
 
 
 class VelocityModel:
@@ -440,11 +444,13 @@ def load_splits(name, config_name):
         return datasets.load_from_disk(name)
     if (path / "state.json").exists():
         return {"train": datasets.load_from_disk(name)}
-    magic = path.exists() and glob.has_magic(os.path.abspath(name))
-    require(not magic, "rename the path: * ? [ stand for other names")
+    if not path.exists():
+        return datasets.load_dataset(name, config_name)
+    name = os.path.abspath(name)  # a folder named json is no format
+    require(not glob.has_magic(name), "rename the path: * ? [ stand for other names")
     if path.is_file():
-        return datasets.load_dataset("parquet", data_files=os.path.abspath(name))
-    if path.is_dir() and not config_name:
+        return datasets.load_dataset("parquet", data_files=name)
+    if not config_name:
         refuse_forgotten_files(path)
     return datasets.load_dataset(name, config_name)
 
@@ -465,16 +471,27 @@ def refuse_forgotten_files(folder):
     require(not left, f"{some}: give the folder of a split, or rename what has a split's name")
 
 
+def read_json_lines(file):
+    """Rows of a file of JSON lines. What is not UTF-8 becomes surrogates, which no caption has."""
+    rows = []
+    with open(file, encoding="utf-8-sig", errors="surrogateescape") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                with explained(f"line {number}, where one JSON object is expected"):
+                    row = json.loads(line)
+                    require(isinstance(row, dict), f"not {line:.50}")
+                    rows.append(row)
+    return rows
+
+
 def open_dataset(config):
     """Opens the data set: rows[i] is a dict, its pictures bytes or paths."""
     datasets.disable_progress_bars()
     name = config.jsonl_for_train or config.dataset_name
     needed = {config.image_column, config.conditioning_image_column, config.caption_column}
     with explained(f"data set {name}", OSError, ValueError, datasets.exceptions.DatasetsError):
-        if config.jsonl_for_train:  # what is not UTF-8 becomes surrogates, which Reader refuses
-            with open(name, encoding="utf-8-sig", errors="surrogateescape") as lines:
-                rows = [json.loads(line) for line in lines if line.strip()]
-            require(all(type(row) is dict for row in rows), "each line must be a JSON object")
+        if config.jsonl_for_train:
+            rows = read_json_lines(name)
             columns = set().union(*rows)
         else:
             splits = load_splits(name, config.dataset_config_name)
@@ -482,7 +499,7 @@ def open_dataset(config):
             require(split in splits, f"has no split train, but {', '.join(map(str, splits))}")
             if others := ", ".join(str(other) for other in splits if other != split):
                 say(f"data set {name}: taking split train, not {others}")
-            rows = splits[split]
+            rows = splits[split].with_format(None)
             columns = set(rows.column_names)
             for column in needed & columns:
                 if isinstance(rows.features[column], datasets.Image):
@@ -491,6 +508,27 @@ def open_dataset(config):
         require(len(rows) > 0, "is empty")
         require(not lacking, f"has no column {lacking}, but {', '.join(sorted(columns))}")
     return rows if config.jsonl_for_train else rows.select_columns(list(needed))  # reads no others
+
+
+def caption_of(cell):
+    """The text of a caption, without white space around it. Fails where it is none."""
+    require(isinstance(cell, str), f"a caption is a string, not {cell!r:.50}")
+    cell.encode()  # a ValueError for what was not UTF-8
+    return cell.strip()
+
+
+def content_of(cell, folder):
+    """(bytes of a picture, its path or ""), from a cell with either; a path in a folder."""
+    if isinstance(cell, dict):  # as `datasets` gives pictures
+        content, path = cell.get("bytes"), cell.get("path") or ""
+    else:
+        content, path = cell, cell if isinstance(cell, str) else ""
+    if content and isinstance(content, bytes):
+        return content, path
+    require(path and isinstance(path, str), f"no picture, but {cell!r:.50}")
+    file = folder / path
+    require(file.is_file(), f"no such file: {path:.100}")
+    return file.read_bytes(), path
 
 
 @functools.cache
@@ -504,28 +542,38 @@ def load_detector(name):
 
 
 def decode_picture(content, use, side):
-    """A picture file -> (pixels (1, 3, side, side) in -1 ... 1, its size).
+    """A picture file -> (pixels (1, 3, side, side) in -1 ... 1, [width, height, largest value]).
 
     use: "target", "column" for a finished control, or the detector that makes it.
     """
-    with explained("no readable picture", Exception):  # decoders raise what they like
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
-    size = image.size
-    deep = image.mode[0] in "IF"  # inference would convert it to RGB, which clips
-    require(not deep, f"mode {image.mode} has more than 8 bits a channel: scale it to 0 ... 255")
+    damage = f"no readable picture, it begins with {content[:12]}"
+    with explained(damage, Exception):  # decoders raise what they like
+        image = Image.open(io.BytesIO(content))
+    deep = image.mode[0] in "IF" or ";16" in str(image.tile)  # Pillow reads some of them as RGB
+    require(not deep, "more than 8 bits a channel, which inference cuts: scale them to 0 ... 255")
+    with explained(damage, Exception):
+        image = ImageOps.exif_transpose(image)
+    size, profile = image.size, image.info.get("icc_profile")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        opaque = use != "column" or image.getextrema()[3][0] == 255
+        least, most = image.getextrema()[3]
+        require(most > 0, "transparent everywhere")
+        opaque = use != "column" or least == 255
         require(opaque, "transparent pixels, which inference does not see: flatten the picture")
         image = Image.alpha_composite(Image.new("RGBA", size, "white"), image)
+    if use == "target" and profile:  # inference ignores those of controls
+        image = image if image.mode in ("L", "CMYK") else image.convert("RGB")
+        srgb = ImageCms.createProfile("sRGB")
+        with suppress(ImageCms.PyCMSError):
+            image = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode="RGB")
     image = image.convert("RGB")
     if use not in ("target", "column"):
         options = {"low_threshold": 50, "high_threshold": 200} if use == "canny" else {}
         options |= {"detect_resolution": side, "image_resolution": side}
         with explained(f"--control {use}", Exception):
             image = load_detector(use)(image, **options)
-    processor = VaeImageProcessor(vae_scale_factor=PIXELS_PER_LATENT)
-    return processor.preprocess(image, side, side), size
+    pixels = VaeImageProcessor(vae_scale_factor=PIXELS_PER_LATENT).preprocess(image, side, side)
+    return pixels, [*size, max(high for low, high in image.getextrema())]
 
 
 # === data: encode once ===
@@ -541,6 +589,7 @@ class Row:
     image_key: str | None
     control_key: str
     caption_key: str
+    tokens: int = 0  # of the caption
 
 
 @dataclass(frozen=True)
@@ -548,7 +597,6 @@ class Encoded:
     """The encoded data set: the cache, and the rows by their use."""
 
     folder: Path
-    sizes: dict[str, int]  # bytes of entries, which for captions grow with their length
     empty_key: str  # of the caption ""
     train: list[Row]
     held_out: list[Row]
@@ -578,67 +626,80 @@ def fingerprint(folder):
 
 
 class Reader:
-    """Reads rows, then validation cases, and tells what of them the cache lacks."""
+    """Reads rows, then validation cases, and decodes what of them the cache lacks.
 
-    def __init__(self, config, base, rows, cached):
-        self.config, self.rows, self.cached = config, rows, cached
+    With each entry the cache keeps facts: [tokens] of a caption, those of decode_picture.
+    """
+
+    def __init__(self, config, base, rows):
+        self.config, self.rows = config, rows
         self.cases = validation_cases(config)
         source = Path(config.jsonl_for_train or config.dataset_name)
         self.folder = source if source.is_dir() else source.parent  # paths are relative to it
         vae, *text = (fingerprint(base / part) for part in ("vae", "text_encoder", "tokenizer"))
-        version = 2  # of decode_picture, or the cache would serve old pixels
+        version = 3  # of decode_picture, or the cache would serve old pixels
         self.of_pictures = digest("pictures", version, vae, config.resolution)
         self.of_captions = digest("captions", *text, config.max_sequence_length)
         self.empty_key = digest(self.of_captions, "")
 
-    def caption(self, cell):
-        """-> (its key, {key: caption}, with the empty one, which is always needed)."""
-        require(isinstance(cell, str), f"a caption is a string, not {cell!r:.50}")
-        cell.encode()  # a ValueError for what was not UTF-8
-        key = digest(self.of_captions, cell)
-        return key, {key: cell, self.empty_key: ""}
+    def file(self, key):
+        return Path(self.config.encoded_dir, f"{key}.safetensors")
+
+    def facts(self, key):
+        """Facts of a cached entry, or None where it is missing, or damaged by a copy, say."""
+        try:
+            with safe_open(self.file(key), "pt") as tensors:
+                return tensors.get_tensor("facts").tolist()
+        except (OSError, SafetensorError):
+            return None
 
     def picture(self, cell, use):
-        """-> (its key, {key: pixels}, its size), or (its key, {}, None) if it is cached."""
-        if isinstance(cell, dict):
-            cell = cell.get("bytes") or cell.get("path")
-        require(cell and isinstance(cell, (bytes, str)), "no picture")
-        content = cell if isinstance(cell, bytes) else (self.folder / cell).read_bytes()
+        """-> (key, bytes, facts, {key: (pixels, facts)} to encode)."""
+        content, path = content_of(cell, self.folder)
         key = digest(self.of_pictures, use, hashlib.sha256(content).hexdigest())
-        if key in self.cached:
-            return key, {}, None
-        pixels, size = decode_picture(content, use, self.config.resolution)
-        return key, {key: pixels}, size
-
-    def row(self, index):
-        """-> (Row, remarks on it, {key: caption or pixels} to encode). Raises Failure."""
-        config = self.config
-        column = config.conditioning_image_column
-        with explained(f"row {index}"):
-            row = self.rows[index]
-        with explained(f"row {index}, {config.caption_column}"):
-            caption_key, caption = self.caption(row.get(config.caption_column))
-        with explained(f"row {index}, {config.image_column}"):
-            image_key, image, size = self.picture(row.get(config.image_column), "target")
-        with explained(f"row {index}, {column}"):
-            control_key, control, other = self.picture(row.get(column), config.control)
-        remarks = []
-        if size and min(size) < config.resolution:
-            remarks.append(f"the target is smaller than --resolution {config.resolution}")
-        if size and other and not 0.95 < size[0] * other[1] / (size[1] * other[0]) < 1 / 0.95:
-            remarks.append("target and control differ in shape, and both become squares")
-        return Row(index, image_key, control_key, caption_key), remarks, caption | image | control
+        if facts := self.facts(key):
+            return key, content, facts, {}
+        with explained(path[-100:] or "bytes"):
+            pixels, facts = decode_picture(content, use, self.config.resolution)
+        return key, content, facts, {key: (pixels, facts)}
 
     def read(self, index):
-        """Row `index`, or beyond them a case; or (None, [what is wrong with it], {})."""
+        """-> (Row, remarks, {key: (caption or pixels, facts)} to encode). Raises Failure."""
+        config, name = self.config, f"row {index}"
+        text, column = config.caption_column, config.conditioning_image_column
+        case = index - len(self.rows)
+        if case < 0:
+            with explained(name):
+                cells = self.rows[index]
+        else:
+            name = "--validation_image"
+            cells = {column: os.path.abspath(self.cases[case][0]), text: self.cases[case][1]}
+        with explained(f"{name}, {text}"):
+            caption = caption_of(cells.get(text))
+        key = digest(self.of_captions, caption)
+        captions = {key: (caption, None), self.empty_key: ("", None)}
+        with explained(f"{name}, {column}"):
+            control_key, shown, facts, control = self.picture(cells.get(column), config.control)
+        if case >= 0:
+            return Row(case, None, control_key, key), [], captions | control
+        with explained(f"{name}, {config.image_column}"):
+            cell = cells.get(config.image_column)
+            image_key, target, (width, height, _), image = self.picture(cell, "target")
+        shape = width * facts[1] / (height * facts[0])
+        small = min(width, height) < config.resolution
+        remarks = {
+            f"the target is smaller than --resolution {config.resolution}": small,
+            "target and control differ in shape, and both become squares": not 0.95 < shape < 1.05,
+            "the control is the target": config.control == "column" and shown == target,
+            "the control is nearly black everywhere": facts[2] < 20,
+        }
+        remarks = [remark for remark, holds in remarks.items() if holds]
+        return Row(index, image_key, control_key, key), remarks, captions | image | control
+
+    def read_or_tell(self, index):
+        """The same; or (None, [what is wrong with the row], {})."""
         try:
-            if index < len(self.rows):
-                return self.row(index)
-            picture, text = self.cases[index - len(self.rows)]
-            with explained(f"--validation_image {picture}"):
-                key, control, _ = self.picture(os.path.abspath(picture), self.config.control)
-            caption_key, caption = self.caption(text)
-            return Row(index, None, key, caption_key), [], caption | control
+            return self.read(index)
         except Failure as failure:
             return None, [str(failure)], {}
 
@@ -657,55 +718,49 @@ def encode_share(config, base, reader, device):
     """Encodes what this rank's rows lack -> [(Row or None, remarks)]."""
     encoders = None
     found = []
-    stored = set(reader.cached)  # a copy: what the threads see decides the remarks
     share = range(RANK, len(reader.rows) + len(reader.cases), WORLD)
-    reading = prefetch(reader.read, share, config.dataloader_num_workers)
+    reading = prefetch(reader.read_or_tell, share, config.dataloader_num_workers)
     for row, remarks, to_encode in tqdm(reading, "encoding", total=len(share), **BAR):
-        found.append((row, remarks))
-        for key in to_encode.keys() - stored:
+        for key, (item, facts) in to_encode.items():
+            if reader.facts(key):  # since it was read
+                continue
             encoders = encoders or load_encoders(base, device)
-            item = to_encode[key]
             if isinstance(item, str):  # one at a time: padding is attended to
                 length = config.max_sequence_length
                 entry = encoders.encode_prompt(item, None, False, max_sequence_length=length)[0]
+                facts = [entry.shape[1]]
             else:
                 pixels = item.to(device, encoders.vae.dtype)
                 entry = encoders.vae.encode(pixels).latent_dist.parameters
-            with atomic(Path(config.encoded_dir, f"{key}.safetensors")) as aside:
-                save_file({"entry": entry[0].cpu().contiguous()}, aside)
-            stored.add(key)
+            tensors = {"entry": entry[0].cpu().contiguous(), "facts": torch.tensor(facts)}
+            with atomic(reader.file(key)) as aside:
+                aside.write_bytes(save(tensors))
+        row = row and replace(row, tokens=reader.facts(row.caption_key)[0])
+        found.append((row, remarks))
         if stop_requests:
             break
     return found
 
 
-def entry_sizes(config):
-    """{key: bytes} of the cache, without what a power cut has left empty."""
-    files = Path(config.encoded_dir).glob("*.safetensors")
-    return {file.stem: size for file in files if (size := file.stat().st_size)}
-
-
 def encode(config, base, rows, device):
     """Encodes what the cache lacks, on all ranks -> Encoded."""
     with fail_together():
-        reader = Reader(config, base, rows, set(entry_sizes(config)))
+        reader = Reader(config, base, rows)
         mine = encode_share(config, base, reader, device)
     gc.collect()  # the encoders are freed before the transformer is loaded
     torch.cuda.empty_cache()
-    shares, stops = zip(*all_gather_objects((mine, len(stop_requests))))
-    require(not any(stops), "stopped by a signal; the same command continues", 75)
-    found = [shares[i % WORLD][i // WORLD] for i in range(len(rows) + len(reader.cases))]
-    for row, remarks in found[len(rows) :]:
-        require(row, "".join(remarks))
-    tell_remarks(config, found[: len(rows)])
-    usable = [row for row, _ in found[: len(rows)] if row]
-    cases = [row for row, _ in found[len(rows) :]]
+    raise_if_stopped(device)
+    shares = all_gather_objects(mine)
+    count = len(rows)
+    found = [shares[i % WORLD][i // WORLD] for i in range(count + len(reader.cases))]
+    for case, remarks in found[count:]:
+        require(case, "".join(remarks))
+    tell_remarks(config, found[:count])
+    usable, cases = ([row for row, _ in part if row] for part in (found[:count], found[count:]))
     train, held_out = hold_out(usable, config.probe_samples)
     if len(held_out) < min(2, config.probe_samples):
         say("fewer than two rows can be held out: control_gain is not measured")
-    sizes = [entry_sizes(config)]
-    dist.broadcast_object_list(sizes)  # rank 0's: all sort by the same
-    return Encoded(Path(config.encoded_dir), *sizes, reader.empty_key, train, held_out, cases)
+    return Encoded(Path(config.encoded_dir), reader.empty_key, train, held_out, cases)
 
 
 def tell_remarks(config, found):
@@ -730,7 +785,7 @@ def hold_out(rows, most):
     held_out, hidden, lost = [], set(), 0
     for row in sorted(rows, key=lambda row: digest("held out", row.image_key)):
         pair = row.image_key, row.control_key
-        sharing = count[pair[0]] + count[pair[1]] - count[pair]
+        sharing = count[pair[0]] + count[pair[1]] - count[pair]  # rows, itself among them
         fits = len(held_out) < most and lost + sharing <= len(rows) // 10
         if fits and hidden.isdisjoint(pair):
             held_out.append(row)
@@ -764,31 +819,35 @@ class Stream:
     world: int
 
     def row(self, k):
-        """(Row, caption key) of sample k: every row once an epoch; some lose their caption."""
+        """Row of sample k: every row comes once an epoch; some lose their caption."""
         seed, rows = self.config.seed, self.encoded.train
         row = rows[permutation(seed, k // len(rows), len(rows))[k % len(rows)]]
         chance = torch.rand((), generator=generator(seed, "caption", k))
-        dropped = chance < self.config.proportion_empty_prompts
-        return row, self.encoded.empty_key if dropped else row.caption_key
+        if chance < self.config.proportion_empty_prompts:
+            return replace(row, caption_key=self.encoded.empty_key, tokens=0)
+        return row
 
-    def timestep(self, k):
-        """Timestep of sample k, 1 ... 1000, (1,): uniform, and evenly spread over neighbours.
+    def sample(self, row, timestep, *address):
+        """Model inputs for one row; the address decides noise and posterior draws."""
+        side = self.config.resolution // PIXELS_PER_LATENT
+        random = generator(self.config.seed, *address)
+        noise, eps, control_eps = torch.randn(3, LATENT_CHANNELS, side, side, generator=random)
+        return {
+            "latents": self.encoded.latents(row.image_key, eps),
+            "control": self.encoded.latents(row.control_key, control_eps),
+            "noise": noise,
+            "prompt": self.encoded.entry(row.caption_key),
+            "timestep": torch.tensor(float(timestep)),
+        }
+
+    def training_sample(self, k):
+        """Sample k, at one of the timesteps 1 ... 1000, which are evenly spread over neighbours.
 
         Multiples of the golden ratio fill the unit interval evenly; here in units of 2 ** -64.
         """
         start = int(digest(self.config.seed, "timestep"), 16)
         u = (start + k * 0x9E3779B97F4A7C15) % 2**64
-        return torch.tensor([float(TIMESTEPS - (u * TIMESTEPS >> 64))])
-
-    def sample(self, row, caption_key, timestep, *address):
-        """Model inputs for one row; the address decides noise and posterior draws."""
-        side = self.config.resolution // PIXELS_PER_LATENT
-        random = generator(self.config.seed, *address)
-        noise, eps, control_eps = torch.randn(3, LATENT_CHANNELS, side, side, generator=random)
-        sample = {"noise": noise, "timestep": timestep, "prompt": self.encoded.entry(caption_key)}
-        sample["latents"] = self.encoded.latents(row.image_key, eps)
-        sample["control"] = self.encoded.latents(row.control_key, control_eps)
-        return sample
+        return self.sample(self.row(k), TIMESTEPS - (u * TIMESTEPS >> 64), "noise", k)
 
     def micro_batch(self, device, number):
         """Micro-batch `number` of this rank, see collate."""
@@ -796,10 +855,9 @@ class Stream:
         size, total = self.config.train_batch_size, self.config.total_batch_size
         of_step = range(step * total, (step + 1) * total)
         # Sorted by caption length, so that padding is rare.
-        by_length = sorted(of_step, key=lambda k: self.encoded.sizes[self.row(k)[1]])
+        by_length = sorted(of_step, key=lambda k: self.row(k).tokens)
         mine = by_length[(turn * self.world + self.rank) * size :][:size]
-        samples = [self.sample(*self.row(k), self.timestep(k), "noise", k) for k in mine]
-        return collate(samples, device)
+        return collate([self.training_sample(k) for k in mine], device)
 
 
 def collate(samples, device):
@@ -813,7 +871,6 @@ def collate(samples, device):
 
     names = ("latents", "control", "noise", "timestep")
     batch = {name: move(torch.stack([sample[name] for sample in samples])) for name in names}
-    batch["timestep"] = batch["timestep"].flatten()
     return batch | {"prompts": [move(sample["prompt"]) for sample in samples]}
 
 
@@ -823,7 +880,7 @@ def collate(samples, device):
 
 
 def spread(jobs, work, title, device):
-    """{job: work(job)}, spread over the ranks, one a round. Raises Stopped."""
+    """{job: work(job)}, spread over the ranks, one a round. Stops at a signal."""
     mine = {}
     for first in tqdm(range(0, len(jobs), WORLD), title, leave=False, **BAR):
         raise_if_stopped(device)
@@ -841,12 +898,12 @@ def probe(model, stream):
     rows = stream.encoded.held_out
     if len(rows) < 2:
         return {}
-    samples = [stream.sample(row, row.caption_key, None, "probe", n) for n, row in enumerate(rows)]
+    samples = [stream.sample(row, 0, "probe", n) for n, row in enumerate(rows)]
 
     def loss(job):
         swapped, t, n = job
         control = samples[(n + swapped) % len(rows)]["control"]
-        sample = samples[n] | {"control": control, "timestep": torch.tensor([float(t)])}
+        sample = samples[n] | {"control": control, "timestep": torch.tensor(float(t))}
         return flow_matching_loss(model, collate([sample], model.device)).item()
 
     jobs = list(itertools.product((0, 1), range(100, 901, 100), range(len(rows))))
@@ -895,12 +952,13 @@ def draw_pictures(model, stream, base, step):
 # DeepSpeed shards the optimizer (ZeRO-2). Its state is kept by parameter, so any number of ranks
 # continues. A checkpoint is written aside and renamed: it is there whole or not at all.
 
-ENGINE_CHOICES = {  # values of ds_config.json that train right; for "auto" the flags decide
+ENGINE_CHOICES = {  # what ds_config.json may say instead of the shipped values
     "zero_optimization.stage": [1, 2],
     "zero_optimization.offload_optimizer.device": ["auto", "cpu", "none"],
     # DeepSpeed 0.19.8 may free a larger gradient before it is sent (reduce_ipg_grads); the largest
     # weights of CogView4-6B have 4096 x 16384 numbers.
     "zero_optimization.reduce_bucket_size": range(4096 * 16384, 2**31),
+    "zero_optimization.allgather_bucket_size": range(1, 2**31),
     "data_types.grad_accum_dtype": ["fp32", "bf16"],
     "communication_data_type": ["fp32", "bf16"],
 }
@@ -909,11 +967,12 @@ STATE = {"fp32": None, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}  # in f
 
 @dataclass(frozen=True)
 class TrainState:
-    """Steps done, those without finite gradients, and the last that was evaluated."""
+    """Steps done, those without finite gradients, the last that was evaluated, bytes of the log."""
 
     step: int = 0
     skipped: int = 0
     evaluated: int = -1
+    logged: int = 0
 
 
 def dotted(settings, prefix=""):
@@ -937,16 +996,12 @@ def engine_settings(config):
         for name, value in dotted(given).items():
             says = f"{name} = {json.dumps(value)}"
             require(name in known, f"{says}: not known to train right (as fp16, fp8; bf16 is)")
-            owned = ["auto"] if known[name] == "auto" else None  # by a flag
-            choices = ENGINE_CHOICES.get(name, owned)
-            typed = type(value) is type(known[name])
-            require(typed, f"{says}: must be like {json.dumps(known[name])}")
-            require(not choices or value in choices, f"{says}: must be one of {choices}")
+            switch = [True, False] if isinstance(known[name], bool) else [known[name]]
+            choices = ENGINE_CHOICES.get(name, switch)  # only "auto" where a flag decides
+            fits = type(value) is type(known[name]) and value in choices
+            require(fits, f"{says}: must be one of {choices}")
             *sections, key = name.split(".")
-            section = settings
-            for part in sections:
-                section = section[part]
-            section[key] = value
+            functools.reduce(dict.get, sections, settings)[key] = value
     settings["train_micro_batch_size_per_gpu"] = config.train_batch_size
     settings["gradient_accumulation_steps"] = config.gradient_accumulation_steps
     settings["train_batch_size"] = config.total_batch_size
@@ -959,32 +1014,46 @@ def engine_settings(config):
 def start_ranks(minutes):
     """Joins the other ranks, with a timeout in minutes -> this rank's device."""
     if "RANK" not in os.environ:  # no launcher
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        sizes = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+        alone = {os.environ.get(size, "1") for size in sizes} == {"1"}
+        require(alone, "several tasks that do not know of each other: use deepspeed or torchrun")
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it needs a compiler
     accelerator = deepspeed.accelerator.get_accelerator()
     accelerator.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    place = f"the ranks cannot meet at port {os.environ['MASTER_PORT']}, see --master_port"
-    with explained(place, dist.DistError, code=1):
+    place = f"{os.environ.get('MASTER_ADDR')}, port {os.environ.get('MASTER_PORT')}"
+    if WORLD > 1:
+        say(f"waiting for {WORLD} ranks at {place}")
+    with explained(f"no meeting at {place}", dist.DistError, ValueError, code=1):
         deepspeed.init_distributed(timeout=datetime.timedelta(minutes=minutes), verbose=False)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    for number in [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1] + [signal.SIGHUP] * (not nohup):
         signal.signal(number, lambda number, frame: stop_requests.append(number))
     return torch.device(accelerator.current_device_name())
 
 
-def start_engine(config, settings, transformer, checkpoint=None, adam_steps=0):
-    """deepspeed.initialize with AdamW, in the state of a checkpoint after adam_steps steps."""
+def start_engine(config, settings, transformer, checkpoint=None, state=TrainState()):
+    """deepspeed.initialize with AdamW, in the state of a checkpoint."""
     offloaded = settings["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
     adam = deepspeed.ops.adam.DeepSpeedCPUAdam if offloaded else torch.optim.AdamW
-    options = {"lr": 0.0, "betas": (config.adam_beta1, config.adam_beta2)}
-    options |= {"eps": config.adam_epsilon, "weight_decay": config.adam_weight_decay}
-    optimizer = adam(transformer.parameters(), **options, **({} if offloaded else {"fused": True}))
+    optimizer = adam(
+        transformer.parameters(),
+        lr=0.0,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.adam_weight_decay,
+        **({} if offloaded else {"fused": True}),
+    )
     engine, *_ = deepspeed.initialize(model=transformer, optimizer=optimizer, config=settings)
+    limit = datetime.timedelta(minutes=1.5 * config.timeout_minutes)  # as that of start_ranks
+    dist.set_timeout(limit, engine.data_parallel_group)
 
     # DeepSpeed makes Adam's state in the first step; to be loaded, it must be there before.
+    steps = state.step - state.skipped
     for group in optimizer.param_groups:
         for part in group["params"]:  # this rank's part of the fp32 weights
-            step = adam_steps if offloaded else torch.tensor(float(adam_steps), device=part.device)
+            step = steps if offloaded else torch.tensor(float(steps), device=part.device)
             moments = {name: torch.zeros_like(part) for name in ("exp_avg", "exp_avg_sq")}
             optimizer.state[part] = {"step": step} | moments
     engine.optimizer._lazy_init_hp_params_optimizer_state()
@@ -1013,7 +1082,7 @@ def save_state(engine, folder):
     os.sync()  # on each machine, see save_checkpoint
 
 
-def save_checkpoint(engine, config, state, manifest):
+def save_checkpoint(engine, config, state, identity):
     """Writes checkpoint-<step> and deletes the oldest. All ranks must call it."""
     folder = Path(config.output_dir, f"checkpoint-{state.step}")
     aside = folder.with_name(f".{folder.name}.tmp")
@@ -1023,7 +1092,8 @@ def save_checkpoint(engine, config, state, manifest):
             engine.module.save_pretrained(aside / "transformer", max_shard_size="100GB")
             files = [file for file in aside.rglob("*") if file.is_file()]
             sizes = {str(file.relative_to(aside)): file.stat().st_size for file in files}
-            manifest = asdict(state) | manifest | {"files": sizes}
+            state = replace(state, logged=(folder.parent / "metrics.jsonl").stat().st_size)
+            manifest = asdict(state) | {"identity": identity, "files": sizes}
             (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
             os.sync()  # what gets the name of a checkpoint must survive a power cut
             shutil.rmtree(folder, ignore_errors=True)  # a damaged one
@@ -1042,13 +1112,12 @@ def checkpoints(folder):
 
 
 def whole_manifest(folder):
-    """Manifest of a checkpoint, or None where a file is missing or has another size."""
-    try:
+    """Manifest of a checkpoint; {} where a file is missing or has another size."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
         manifest = json.loads((folder / "manifest.json").read_text())
         sizes = {name: (folder / name).stat().st_size for name in manifest["files"]}
-        return manifest if sizes == manifest["files"] else None
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
+        return manifest if sizes == manifest["files"] else {}
+    return {}
 
 
 def find_checkpoint(output_dir):
@@ -1078,65 +1147,67 @@ stop_requests = []  # signals that came to this rank
 
 
 def raise_if_stopped(device):
-    """Raises Stopped on all ranks after a signal to any. All ranks must call it."""
+    """Fails with code 75 on all ranks after a signal to any. All ranks must call it."""
     signals = torch.tensor(float(len(stop_requests)), device=device)
     dist.all_reduce(signals)
-    if signals.item():
-        raise Stopped
+    require(signals.item() == 0, "stopped by a signal; the same command continues", 75)
 
 
 class Log:
     """metrics.jsonl, trackers and progress bar of rank 0."""
 
     def __init__(self, config, state, steps):
+        self.config = config
         self.folder = Path(config.output_dir)
+        self.file = self.folder / "metrics.jsonl"
+        self.first_step = state.step
         self.bar = tqdm(None, "training", total=steps, initial=state.step, **BAR)
         self.report_to = config.report_to if RANK == 0 else "none"
         self.tracker = None
-        file = self.folder / "metrics.jsonl"
         with fail_together():
-            if RANK == 0 and file.exists():  # drop what came after the last checkpoint
-                lines = []
-                for line in file.read_text().splitlines(True):
-                    last = state.step if '"loss"' in line else state.evaluated
-                    if line.endswith("}\n") and json.loads(line)["step"] <= last:
-                        lines.append(line)
-                with atomic(file) as aside:
-                    aside.write_text("".join(lines))
+            if RANK == 0:  # cut off what came after the checkpoint
+                self.file.touch()
+                os.truncate(self.file, min(state.logged, self.file.stat().st_size))
 
     def write(self, kind, step, figures, picture=None):
         """Writes figures of kind "train" or "probe". All ranks must call it."""
         figures = {name: x if math.isfinite(x) else None for name, x in figures.items()}
         with fail_together():
             if RANK == 0:
-                with open(self.folder / "metrics.jsonl", "a") as file:
+                with open(self.file, "a") as file:
                     file.write(json.dumps({"step": step} | figures) + "\n")
         self.bar.update(step - self.bar.n)
         if self.report_to == "none":
             return
         try:
-            self.track(kind, step, figures, picture)
+            self.tracker = self.tracker or self.start_tracker()
+            for name, x in figures.items():
+                self.tracker.add_scalar(f"{kind}/{name}", math.nan if x is None else x, step)
+            if picture:
+                image = VaeImageProcessor.pil_to_numpy(Image.open(picture))
+                self.tracker.add_images("validation", image, step, dataformats="NHWC")
+            self.tracker.flush()
         except Exception as error:  # no network, disk or login is no reason to end the run
             say(f"--report_to {self.report_to}: {error}; the run goes on without this tracker")
             self.report_to = "none"
 
-    def track(self, kind, step, figures, picture):
-        """Sends figures and picture to tensorboard, and through it to wandb."""
-        if self.tracker is None:
-            if self.report_to != "tensorboard":
-                importlib.import_module("wandb").init(sync_tensorboard=True)
-            tensorboard = importlib.import_module("torch.utils.tensorboard")
-            self.tracker = tensorboard.SummaryWriter(self.folder / "logs")
-        for name, value in figures.items():
-            self.tracker.add_scalar(f"{kind}/{name}", math.nan if value is None else value, step)
-        if picture:
-            image = VaeImageProcessor.pil_to_numpy(Image.open(picture))
-            self.tracker.add_images("validation", image, step, dataformats="NHWC")
-        self.tracker.flush()
+    def start_tracker(self):
+        """tensorboard, through which wandb gets its figures. A continued run continues both."""
+        if self.report_to != "tensorboard":
+            wandb = importlib.import_module("wandb")
+            name = self.folder / "wandb-id"
+            if not name.exists():
+                name.write_text(os.urandom(8).hex())
+            sys.stdin = open(os.devnull)  # without a login it would ask, and wait
+            options = {"id": name.read_text(), "resume": "allow", "sync_tensorboard": True}
+            wandb.init(config=asdict(self.config), **options)
+        tensorboard = importlib.import_module("torch.utils.tensorboard")
+        return tensorboard.SummaryWriter(self.folder / "logs", purge_step=self.first_step + 1)
 
 
 def train_step(engine, model, batches, config, rate):
-    """One optimizer step -> (mean loss, gradient norm), the same on all ranks. Raises Stopped."""
+    """One optimizer step -> its figures, the same on all ranks. Stops at a signal."""
+    clock = time.perf_counter()
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
     losses = []
@@ -1152,22 +1223,31 @@ def train_step(engine, model, batches, config, rate):
         sums.update(dict.fromkeys(sums))
     loss = torch.stack(losses).mean() / WORLD
     dist.all_reduce(loss)
-    return loss.item(), float(engine.get_global_grad_norm())  # waits: the caller's clock is true
+    figures = {"loss": loss.item(), "lr": rate}  # item waits for the GPU: the clock is true
+    figures["grad_norm"] = float(engine.get_global_grad_norm())
+    figures["samples_per_s"] = config.total_batch_size / (time.perf_counter() - clock)
+    return figures
 
 
-def train(engine, stream, base, identity, state, steps):
-    """Trains from a TrainState to step `steps`. After a signal it fails with code 75."""
-    config = stream.config
-    model = VelocityModel(engine, config.resolution)
-    log = Log(config, state, steps)
-    manifest = {"steps": steps, "identity": identity}
-    saved, skipped_in_a_row = state.step, 0
+def learning_rate(config, steps):
+    """-> function from steps done to the learning rate of the next one."""
     unused = torch.optim.SGD([torch.zeros(1)])  # get_scheduler wants an optimizer
     spans = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": steps}
     schedule = diffusers.optimization.get_scheduler(config.lr_scheduler, unused, **spans)
+    return lambda step: config.learning_rate * schedule.lr_lambdas[0](step)
+
+
+def train(engine, stream, base, identity, state):
+    """Trains from a TrainState to --max_train_steps. After a signal it fails with code 75."""
+    config = stream.config
+    steps = config.max_train_steps
+    model = VelocityModel(engine, config.resolution)
+    log = Log(config, state, steps)
+    rate = learning_rate(config, steps)
     numbers = itertools.count(state.step * config.gradient_accumulation_steps)
     load = partial(stream.micro_batch, model.device)
     batches = prefetch(load, numbers, config.dataloader_num_workers)
+    saved, failed = state.step, 0
     try:
         while True:
             # If a rank hangs, all print their stacks and end.
@@ -1183,31 +1263,23 @@ def train(engine, stream, base, identity, state, steps):
             # Save.
             due = state.step % config.checkpointing_steps == 0 or state.step == steps
             if due and state.step > saved:
-                save_checkpoint(engine, config, state, manifest)
+                save_checkpoint(engine, config, state, identity)
                 saved = state.step
             if state.step >= steps:
                 break
 
             # Train one step.
             raise_if_stopped(model.device)
-            rate = config.learning_rate * schedule.lr_lambdas[0](state.step)
-            clock = time.perf_counter()
-            loss, norm = train_step(engine, model, batches, config, rate)
-            speed = config.total_batch_size / (time.perf_counter() - clock)
-            skipped_in_a_row = 0 if engine.was_step_applied() else skipped_in_a_row + 1
-            skipped = state.skipped + (skipped_in_a_row > 0)
-            state = replace(state, step=state.step + 1, skipped=skipped)
-
-            # Report.
-            figures = {"samples": state.step * config.total_batch_size, "loss": loss, "lr": rate}
-            figures |= {"grad_norm": norm, "samples_per_s": speed, "skipped": skipped}
-            log.write("train", state.step, figures)
-            require(skipped_in_a_row < 10, "10 steps in a row without finite gradients", 1)
-    except Stopped:
-        if state.step > saved:
-            save_checkpoint(engine, config, state, manifest)
-        after = f"stopped by a signal after step {state.step}"
-        raise Failure(f"{after}; the same command continues", 75)
+            figures = train_step(engine, model, batches, config, rate(state.step))
+            failed = 0 if engine.was_step_applied() else failed + 1
+            state = replace(state, step=state.step + 1, skipped=state.skipped + (failed > 0))
+            so_far = {"samples": state.step * config.total_batch_size, "skipped": state.skipped}
+            log.write("train", state.step, figures | so_far)
+            require(failed < 10, "10 steps in a row without finite gradients", 1)
+    except Failure as failure:
+        if failure.code == 75 and state.step > saved:
+            save_checkpoint(engine, config, state, identity)
+        raise
     finally:
         batches.close()
         faulthandler.cancel_dump_traceback_later()
@@ -1219,7 +1291,10 @@ def train(engine, stream, base, identity, state, steps):
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense bf16
 USABLE = 0.9  # of a card's memory; CUDA, NCCL and fragmentation take the rest
 UTILISATION = 0.35, 0.2  # of a card's peak: what full fine-tunes of such models reach (README)
-
+HOST_BYTES = (
+    21.5  # a weight, offloaded: moments; as pinned powers of two fp32 and bf16 weights, gradients
+)
+TEXT_ENCODER_GB = 19  # GLM-4-9B in bf16
 
 Cards = namedtuple("Cards", "number name memory flops")  # memory and flops are those of one
 
@@ -1228,7 +1303,9 @@ def cards_of():
     """The GPUs that are here, as many as ranks."""
     if not torch.cuda.is_available():
         return Cards(WORLD, "CPU", math.inf, 0)
-    device = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", 0)))
+    number, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    require(number < there, f"more ranks than GPUs, of which PyTorch finds {there} here")
+    device = torch.cuda.get_device_properties(number)
     flops = [flops for name, flops in PEAK_FLOPS.items() if name in device.name]
     return Cards(WORLD, device.name, device.total_memory, max(flops, default=0))
 
@@ -1240,13 +1317,14 @@ def cost_of_step(config, zero, transformer, cards, tokens):
     blocks = transformer.config.num_layers
     width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
     sequence = (config.resolution // PIXELS_PER_TOKEN) ** 2 + tokens
-    offloaded = zero["offload_optimizer"]["device"] == "cpu"
-    memory = {
-        "weights": size * weights,
-        "gradients": 4 * weights / (cards.number if zero["stage"] == 2 else 1),  # summed in fp32
-        "buckets": zero["reduce_bucket_size"] * (2 * size + 4),  # two, and one in fp32
-        "optimizer": 0 if offloaded else 12 * weights / cards.number,  # fp32 weights, two moments
-    }
+    memory = {"weights": size * weights}
+    if zero["stage"] == 2:  # summed in fp32; two buckets and one in fp32
+        memory["gradients"] = 4 * weights / cards.number
+        memory["buckets"] = zero["reduce_bucket_size"] * (2 * size + 4)
+    else:  # DeepSpeed keeps all of them, in bf16 and fp32
+        memory["gradients"] = (6 if size == 2 else 4) * weights
+    if zero["offload_optimizer"]["device"] != "cpu":  # fp32 weights and two moments
+        memory["optimizer"] = 12 * weights / cards.number
     # At the peak one block is in its backward pass: 22 tensors, 4 for the gradient of gelu, and
     # three gradients of weights, 4 D x D each, not yet summed. The others have what they keep.
     tensor = size * config.train_batch_size * sequence * width
@@ -1277,36 +1355,49 @@ def fit_engine(config, settings, transformer, cards, tokens):
 
 def longest_caption(config, base, rows):
     """Tokens of the longest of the thousand captions of most characters, in sixteens."""
-    captions = [""]
-    with suppress(UnicodeDecodeError):  # of a bad row, which encoding will name
-        column = config.caption_column
-        captions = [row.get(column) for row in rows] if type(rows) is list else rows[column][:]
-    longest = sorted(map(str, captions), key=len)[-1000:]
-    texts = [text.encode(errors="replace").decode() for text in longest]
+    column = config.caption_column
+    skipped = [Failure] if config.skip_bad_rows else []
+    cells, texts = [], [""]
+    with suppress(*skipped), explained(f"column {column}"):
+        cells = [row.get(column) for row in rows] if type(rows) is list else rows[column][:]
+    for index, cell in enumerate(cells):
+        with suppress(*skipped), explained(f"row {index}, {column}"):
+            texts.append(caption_of(cell))
+    most = config.max_sequence_length  # a token has fewer than 16 characters
+    longest = [text[: 16 * most] for text in sorted(texts, key=len)[-1000:]]
     tokenizer = transformers.AutoTokenizer.from_pretrained(base / "tokenizer")
-    tokens = max(map(len, tokenizer(texts)["input_ids"]))
-    return 16 * math.ceil(min(tokens, config.max_sequence_length) / 16)
+    tokens = max(map(len, tokenizer(longest)["input_ids"]))
+    return 16 * math.ceil(min(tokens, most) / 16)
 
 
-def print_plan(config, zero, cards, rows, done, weights, costs, flops):
+def print_plan(config, settings, cards, rows, done, weights, costs, flops):
     """Prints what a run takes. rows, done, weights: their numbers."""
+    if RANK > 0:
+        return
+    zero = settings["zero_optimization"]
     total, steps = config.total_batch_size, config.max_train_steps
     print(f"steps   {steps} of {total} samples, {done} done; {rows} rows; ZeRO-{zero['stage']}")
-    sums = {choice: sum(parts.values()) / 1e9 for choice, parts in costs.items()}
-    parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in costs[config.recompute].items())
-    usable = f"{USABLE * cards.memory / 1e9:.0f} usable GB, {cards.name}"
-    print(f"memory  {sums[config.recompute]:.1f} of {usable}: {parts}")
-    if zero["offload_optimizer"]["device"] == "cpu":  # with gradients and bf16 weights
-        print(f"        of the hosts at least {18 * weights / 1e9:.0f} GB")
-    choices = ", ".join(f"{choice} {size:.1f}" for choice, size in sums.items())
-    print(f"        --recompute {config.recompute}; GB with {choices}")
+
+    def gigabytes(parts):
+        return ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
+
+    sums = {choice: sum(parts.values()) for choice, parts in costs.items()}
+    needed, usable = sums[config.recompute] / 1e9, USABLE * cards.memory / 1e9
+    print(f"memory  {needed:.1f} of {usable:.0f} usable GB, {cards.name}: ", end="")
+    print(gigabytes(costs[config.recompute]))
+    print(f"        --recompute {config.recompute}; GB with {gigabytes(sums)}")
+    print(f"host    {TEXT_ENCODER_GB} GB for each rank while encoding")
+    if zero["offload_optimizer"]["device"] == "cpu":
+        print(f"        {HOST_BYTES * weights / 1e9:.0f} GB of all hosts together while training")
     saved = weights * (14 if config.mixed_precision == "bf16" else 16) / 1e9
     encoded = 8 * rows * LATENT_CHANNELS * (config.resolution // PIXELS_PER_LATENT) ** 2 / 1e9
     print(f"disk    {saved:.1f} GB a checkpoint, {encoded:.1f} GB of encoded data")
     if cards.flops and config.mixed_precision == "bf16":
-        seconds = [total * flops / (cards.number * cards.flops * share) for share in UTILISATION]
-        hours = [f"{one * (steps - done) / 3600:.0f}" for one in seconds]
-        print("time    {:.1f} to {:.1f} s a step,".format(*seconds), " to ".join(hours), "hours")
+        least, most = (total * flops / cards.number / cards.flops / share for share in UTILISATION)
+        hours, lost = (steps - done) / 3600, config.checkpointing_steps / 3600
+        print(f"time    {least:.1f} to {most:.1f} s a step, ", end="")
+        print(f"{least * hours:.0f} to {most * hours:.0f} hours; ", end="")
+        print(f"a crash costs up to {least * lost:.1f} to {most * lost:.1f} hours")
 
 
 # === errors, ranks and files ===
@@ -1324,10 +1415,6 @@ class Failure(Exception):
         self.code = code
 
 
-class Stopped(Exception):
-    """Raised on all ranks after a signal to any."""
-
-
 def require(condition, message, code=2):
     if not condition:
         raise Failure(message, code)
@@ -1342,7 +1429,24 @@ def explained(what, *kinds, code=2):
         raise Failure(f"{what}: {failure}", failure.code)
     except kinds or (OSError, ValueError) as error:
         said = " ".join(str(error.__cause__ or error).partition(" <_io")[0].split())  # no addresses
-        raise Failure(f"{what}: {type(error).__name__}: {said:.300}", code)
+        raise Failure(f"{what}: {type(error).__name__}: {said:.180}", code)
+
+
+class Unbroken:
+    """A stream that leads to nothing once its reader has ended, as `tee` does at Ctrl-C."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 def say(message):
@@ -1391,7 +1495,6 @@ def atomic(file):
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield aside
-        aside.chmod(0o644)  # safetensors creates files that only their owner can read
         os.replace(aside, file)
     finally:
         aside.unlink(missing_ok=True)
@@ -1400,25 +1503,12 @@ def atomic(file):
 # === main ===
 
 
-def find_base(config, weights):
-    """(folder of the base, folder of the transformer to start from), with weights or without."""
-    name = config.pretrained_model_name_or_path
-    with explained(f"--pretrained_model_name_or_path {name}", OSError, ValueError, LookupError):
-        base = Path(name)
-        if not base.is_dir():
-            patterns = ["*.json", "*.txt", "*.model"] + ["*.safetensors"] * weights
-            base = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-        kind = json.loads((base / "model_index.json").read_text())["_class_name"]
-        require(kind.startswith("CogView4"), f"is a {kind}, not of CogView4")
-        for file, values in COGVIEW4.items():
-            check_values(base / file, values)
-        for part in ("text_encoder", "vae") if weights else ():
-            require(any((base / part).glob("*.safetensors")), f"has no safetensors in {part}")
-    start_from = Path(config.transformer or base / "transformer")
-    with explained(f"--transformer {start_from}"):
-        check_values(start_from / "config.json", COGVIEW4["transformer/config.json"])
-        require(not weights or any(start_from.glob("*.safetensors")), "has no safetensors")
-    return base, start_from
+def weight_files(folder, stem):
+    """The safetensors files of a model. Raises OSError where one is missing."""
+    files = {folder / f"{stem}.safetensors"}
+    for index in folder.glob(f"{stem}.safetensors.index.json"):
+        files = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+    return [file for file in files if file.stat()]
 
 
 def check_values(file, values):
@@ -1430,42 +1520,94 @@ def check_values(file, values):
         require(found.get(name) in allowed, f"{says}, CogView4-6B has {allowed[0]}")
 
 
+def find_base(config):
+    """(folder of the base, folder of the transformer to start from); without weights to plan."""
+    name = config.pretrained_model_name_or_path
+    base = Path(name)
+    weights = base.is_dir() or not config.dry_run
+    with explained(f"--pretrained_model_name_or_path {name}", OSError, ValueError, LookupError):
+        if not base.is_dir():
+            patterns = ["*.json", "*.txt", "*.model"] + ["*.safetensors"] * weights
+            base = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+        kind = json.loads((base / "model_index.json").read_text())["_class_name"]
+        require(kind.startswith("CogView4"), f"is a {kind}, not of CogView4")
+        for file, values in COGVIEW4.items():
+            check_values(base / file, values)
+        if weights:
+            weight_files(base / "text_encoder", "model")
+            weight_files(base / "vae", "diffusion_pytorch_model")
+    start_from = Path(config.transformer or base / "transformer")
+    with explained(f"--transformer {start_from}"):
+        check_values(start_from / "config.json", COGVIEW4["transformer/config.json"])
+        if weights:
+            weight_files(start_from, "diffusion_pytorch_model")
+    return base, start_from
+
+
 def check_machine(config, settings, transformer, cards, memory):
-    """Checks what only a real run needs; memory: {part: bytes} of a step."""
-    large = transformer.num_parameters() > 1e9
-    require(cards.name != "CPU" or not large, "PyTorch finds no GPU")
+    """Fails where this machine lacks what a step needs; memory: {part: bytes}."""
     share = sum(memory.values()) / (USABLE * cards.memory)
     require(share <= 1, f"a step takes {share:.0%} of a card's memory: see --train_batch_size")
     offloaded = settings["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
-    compiles = not offloaded or shutil.which("g++")
-    require(compiles, "DeepSpeed needs g++ for an optimizer on the host")
-    if config.control != "column":
-        load_detector(config.control)
+    for tool in ["g++"] * (offloaded or config.compile) + ["ninja"] * offloaded:
+        why = "an optimizer on the host and --compile need it"
+        require(shutil.which(tool), f"{tool} is not on the PATH: {why}")
+    if not config.dry_run:
+        large = transformer.num_parameters() > 1e9
+        require(cards.name != "CPU" or not large, "PyTorch finds no GPU")
+        if config.control != "column":
+            load_detector(config.control)
 
 
 def lock_folders(config):
-    """Makes the folders and locks output_dir -> the open lock."""
+    """Makes the folders; rank 0 locks output_dir -> the open lock, or None."""
     folder = Path(config.output_dir)
-    for path in (config.encoded_dir, config.output_dir):
-        with explained(path, OSError):
+    for path in (config.encoded_dir, folder):
+        with explained(path):
             Path(path).mkdir(parents=True, exist_ok=True)
     if RANK > 0:
         return None
-    with explained(f"--output_dir {folder}, perhaps in use by another run", OSError):
+    with explained(folder):
         lock = open(folder / ".lock", "a")
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for left in folder.glob(".checkpoint-*.tmp"):  # of a run that was killed
-            shutil.rmtree(left)
+    except BlockingIOError:
+        raise Failure(f"--output_dir {folder} is in use by another run")
+    except OSError as error:  # some file systems have no locks
+        say(f"cannot lock --output_dir {folder}: {error}; let no other run use it")
+    for left in folder.glob(".checkpoint-*.tmp"):  # of a run that was killed
+        shutil.rmtree(left)
     return lock
+
+
+def check_agreement(config, *decided):
+    """Fails where the ranks have decided differently, or do not see the same folders."""
+    name = [f".{os.urandom(8).hex()}.tmp"]
+    dist.broadcast_object_list(name)  # that of rank 0
+    for folder in (config.output_dir, config.encoded_dir):
+        file = Path(folder, *name)
+        with fail_together():
+            if RANK == 0:
+                file.touch()
+        seen = all_gather_objects(file.exists())
+        file.unlink(missing_ok=True)
+        require(all(seen), f"{folder}: all machines must share it")
+    differ = "the ranks differ in flags, cards, or the newest checkpoint that they see"
+    require(len(set(all_gather_objects(digest(*decided)))) == 1, differ)
 
 
 def describe_run(config, settings, cards):
     """Writes run.json: what was asked for, what it became, and where it runs."""
     git = f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null"
-    versions = {package.__name__: package.__version__ for package in (torch, deepspeed, diffusers)}
-    about = {"command": sys.argv, "config": asdict(config), "deepspeed": settings}
-    about |= {"commit": os.popen(git).read().strip(), "versions": versions}
-    about |= {"hardware": cards.name, "ranks": WORLD}
+    about = {
+        "command": sys.argv,
+        "config": asdict(config),
+        "deepspeed": settings,
+        "commit": os.popen(git).read().strip(),
+        "versions": {one.__name__: one.__version__ for one in (torch, deepspeed, diffusers)},
+        "hardware": cards.name,
+        "ranks": WORLD,
+    }
     with atomic(Path(config.output_dir, "run.json")) as aside:
         aside.write_text(json.dumps(about, indent=1))
 
@@ -1487,65 +1629,56 @@ def run(config):
     config = resolve(config, cards.number)
     settings = engine_settings(config)
     checkpoint, manifest = find_checkpoint(config.output_dir)
+    state = TrainState(*(manifest[one.name] for one in fields(TrainState) if manifest))
     kept = [one.name for one in fields(config) if one.metadata.get("kept")]
     identity = {name: getattr(config, name) for name in kept}
     check_same_run(manifest, identity)
-    base, start_from = find_base(config, weights=False)
     rows = open_dataset(config)
+    base, start_from = find_base(config)
     transformer = empty_transformer(start_from)
     tokens = longest_caption(config, base, rows)
     config, settings, costs, flops = fit_engine(config, settings, transformer, cards, tokens)
-    if RANK == 0:
-        numbers = len(rows), manifest.get("step", 0), transformer.num_parameters()
-        print_plan(config, settings["zero_optimization"], cards, *numbers, costs, flops)
+    numbers = len(rows), state.step, transformer.num_parameters()
+    print_plan(config, settings, cards, *numbers, costs, flops)
+    check_machine(config, settings, transformer, cards, costs[config.recompute])
     if config.dry_run:
         return
 
     # Prepare.
-    check_machine(config, settings, transformer, cards, costs[config.recompute])
-    base, start_from = find_base(config, weights=True)
     lock = lock_folders(config)
     device = start_ranks(1.5 * config.timeout_minutes)  # the watch of train() is faster
-    folder = Path(config.output_dir)
-    locked = (folder / ".lock").exists()  # by rank 0
-    seen = all_gather_objects(digest(locked, manifest, config, settings))
-    differ = f"--output_dir {folder}: all machines must share it, and have the same cards"
-    require(len(set(seen)) == 1, differ)
+    check_agreement(config, settings, manifest)
 
     # Encode.
     encoded = encode(config, base, rows, device)
     identity["training data"] = f"{len(encoded.train)} rows, digest {digest(*encoded.train)}"
     check_same_run(manifest, identity)
     require(encoded.train, "there are no rows to train on")
-    steps = config.max_train_steps
-    if manifest.get("steps", steps) != steps:
-        say(f"the schedule was made for {manifest['steps']} steps, now it is for {steps}")
 
     # Train.
-    state = TrainState()
-    if checkpoint:
-        state = TrainState(manifest["step"], manifest["skipped"], manifest["evaluated"])
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     start_from = checkpoint / "transformer" if checkpoint else start_from
     transformer = load_transformer(start_from, dtype, device)
-    recompute(transformer, config.recompute)
-    engine = start_engine(config, settings, transformer, checkpoint, state.step - state.skipped)
+    recompute(transformer, config.recompute, config.compile)
+    engine = start_engine(config, settings, transformer, checkpoint, state)
     with fail_together():
         if RANK == 0:
             describe_run(config, settings, cards)
-    train(engine, Stream(config, encoded, RANK, WORLD), base, identity, state, steps)
+    train(engine, Stream(config, encoded, RANK, WORLD), base, identity, state)
 
     # Leave the final weights where the example leaves them.
     with fail_together():
         if RANK == 0:
-            copy_weights(folder / f"checkpoint-{max(state.step, steps)}" / "transformer", folder)
+            last, _ = find_checkpoint(config.output_dir)
+            copy_weights(last / "transformer", Path(config.output_dir))
             lock.close()
-            print(f"done: weights and pictures in {folder}")
+            print(f"done: weights and pictures in {config.output_dir}")
     dist.destroy_process_group()
 
 
 def main(argv=None):
     """Runs the command line; a Failure is a line on stderr and an exit code."""
+    sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
     try:
         run(parse(argv))
     except Failure as end:

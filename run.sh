@@ -40,6 +40,14 @@ find_python() { # sets $python, and puts its folder into PATH: DeepSpeed calls n
   export PATH="$(dirname "$python"):$PATH"
 }
 
+launch() { # runs deepspeed with these arguments; its exit code is ours
+  set -m # launcher and ranks get a process group of their own; a signal to this script, also as process 1, goes to all
+  "$python" -m deepspeed.launcher.runner "$@" &
+  trap 'kill -TERM -- -$!' TERM INT HUP
+  while wait $! && code=0 || code=$?; kill -0 -- -$! 2>/dev/null; do sleep 0.2; done # until the last of them is gone
+  return "$code"
+}
+
 case ${1-} in
 demo)
   shift
@@ -61,12 +69,7 @@ demo)
   rm -rf "$here/demo/previous" # training starts anew; encoded data are kept
   [ ! -d "$here/demo/run" ] || mv "$here/demo/run" "$here/demo/previous"
   port=$("$python" -c 'import socket; print(socket.create_server(("127.0.0.1", 0)).getsockname()[1])')
-  set -m # the launcher and its ranks get a process group of their own; a signal to this script is passed on to all
-  "$python" -m deepspeed.launcher.runner --num_gpus="${NUM_GPUS:-1}" --master_port "$port" \
-    "$here/cv4ctrl.py" "${flags[@]}" &
-  trap 'kill -TERM -- -$!' TERM INT
-  while wait $! && code=0 || code=$?; kill -0 -- -$! 2>/dev/null; do sleep 0.2; done
-  [ "$code" = 0 ] || exit "$code"
+  launch --num_gpus="${NUM_GPUS:-1}" --master_port "$port" "$here/cv4ctrl.py" "${flags[@]}"
   "$python" "$here/tests/demo/progress.py" "$here/demo/run" "$here/demo/progress.png"
   echo "run.sh: the run is in demo/run, its pictures side by side in demo/progress.png"
   exit
@@ -80,11 +83,16 @@ test)
 esac
 
 hosts=${HOSTFILE:-$here/hostfile}
+[ -e "$hosts" ] || [ -z "${HOSTFILE-}" ] || die "there is no HOSTFILE $HOSTFILE"
 if [ ! -e "$hosts" ] && [ -z "${NUM_GPUS-}" ] && ! nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
   die "no GPU here; the recipe needs at least one of 80 GB. On this machine try: bash run.sh demo"
 fi
 find_python
-launch=(${NUM_GPUS:+--num_gpus="$NUM_GPUS"} ${MASTER_PORT:+--master_port="$MASTER_PORT"})
-[ ! -e "$hosts" ] || launch+=(--hostfile "$hosts")
-exec "$python" -m deepspeed.launcher.runner "${launch[@]}" "$here/cv4ctrl.py" \
+where=(${NUM_GPUS:+--num_gpus="$NUM_GPUS"})
+if [ -e "$hosts" ]; then
+  where+=(--hostfile "$hosts")
+elif [ -n "${NUM_GPUS-}" ] && [ -n "${CUDA_VISIBLE_DEVICES-}" ]; then # DeepSpeed would take cards from 0 on
+  where=(--include "localhost:$(cut -d, -f "-$NUM_GPUS" <<<"$CUDA_VISIBLE_DEVICES")")
+fi
+launch "${where[@]}" ${MASTER_PORT:+--master_port="$MASTER_PORT"} "$here/cv4ctrl.py" \
   --train_batch_size 8 --total_batch_size 128 --max_train_steps 50000 "$@"

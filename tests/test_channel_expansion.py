@@ -81,6 +81,6 @@ def test_a_transformer_given_by_itself_is_widened_once(base, config, tmp_path):
     trained = tiny.control_model(base)
     trained.save_pretrained(tmp_path / "widened")
     for given, expected in ((tmp_path / "widened", trained), (base / "transformer", tiny.load(base))):
-        folder, start_from = cv4ctrl.find_base(config(transformer=given), weights=True)
+        folder, start_from = cv4ctrl.find_base(config(transformer=given))
         assert (folder, start_from) == (base, given)
         assert same(load(start_from).state_dict(), expected.state_dict())

@@ -2,13 +2,16 @@
 
 import io
 import json
+import os
 import random
 from dataclasses import replace
 
+import cv2
 import datasets
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageCms
 
 import cv4ctrl
 
@@ -18,9 +21,9 @@ def read(config, base):
     """Reads the only row of a data set -> (pixels of target and control, or None; what is wrong with it)."""
 
     def run(row, **options):
-        reader = cv4ctrl.Reader(config(**options), base, [row], set())
-        found, remarks, contents = reader.read(0)
-        return [contents[key] for key in (found.image_key, found.control_key)] if found else None, "".join(remarks)
+        reader = cv4ctrl.Reader(config(**options), base, [row])
+        found, remarks, contents = reader.read_or_tell(0)
+        return [contents[key][0] for key in (found.image_key, found.control_key)] if found else None, "".join(remarks)
 
     return run
 
@@ -30,18 +33,20 @@ def encoded_as(image, form="PNG", **options):
     return {"bytes": buffer.getvalue()}
 
 
-PLAIN = encoded_as(Image.new("RGB", (64, 64)))
+PLAIN = encoded_as(Image.new("RGB", (64, 64), "silver"))
 
 
 @pytest.mark.parametrize("column", ["image", "conditioning_image"])
-@pytest.mark.parametrize("mode, kind, form", [("I;16", np.uint16, "PNG"), ("F", np.float32, "TIFF")])
-def test_pictures_of_more_than_8_bits_a_channel_are_bad_rows(mode, kind, form, column, read):
-    """Inference would clip them, too."""
-    deep = np.linspace(0, 65535, 64)[None].repeat(64, 0)
-    row = {"image": PLAIN, "conditioning_image": PLAIN, "text": "a"}
-    row[column] = encoded_as(Image.fromarray(deep.astype(kind)), form)
+@pytest.mark.parametrize("kind", ["grey", "float", "colour", "colour TIFF", "with alpha"])
+def test_pictures_of_more_than_8_bits_a_channel_are_bad_rows(kind, column, read):
+    """Inference would clip them, too. Of some Pillow reads 8 bits without a word."""
+    deep = np.linspace(0, 65535, 64)[None].repeat(64, 0).astype(np.float32 if kind == "float" else np.uint16)
+    channels = {"grey": 1, "float": 1, "with alpha": 4}.get(kind, 3)
+    form = ".tiff" if kind in ("float", "colour TIFF") else ".png"
+    content = cv2.imencode(form, np.stack(channels * [deep], 2))[1].tobytes()
+    row = {"image": PLAIN, "conditioning_image": PLAIN, "text": "a", column: {"bytes": content}}
     found, wrong = read(row)
-    assert found is None and wrong.startswith(f"row 0, {column}: mode {mode} ") and "8 bits" in wrong
+    assert found is None and wrong.startswith(f"row 0, {column}: ") and "8 bits" in wrong
 
 
 @pytest.mark.parametrize("kind", ["alpha channel", "transparent colour"])
@@ -54,11 +59,32 @@ def test_transparency_is_white_in_a_target_and_refused_in_a_control(kind, read):
     (target, _), wrong = read({"image": picture, "conditioning_image": PLAIN, "text": "a"})
     assert not wrong and (target[..., :31] == 1).all() and target[0, 1, 32, 40] < 0  # white, and as it is
     found, wrong = read({"image": PLAIN, "conditioning_image": picture, "text": "a"})
-    assert found is None and "row 0, conditioning_image: transparent pixels" in wrong and "flatten" in wrong
+    assert found is None and "transparent pixels" in wrong and "flatten" in wrong
     assert read({"image": picture, "text": "a"}, control="canny")[0]  # the detector sees what is trained on
-    opaque = encoded_as(Image.new("RGBA", (64, 64), (0, 0, 0, 255)))
+    opaque = encoded_as(Image.new("RGBA", (64, 64), "silver"))
     pixels, _ = read({"image": PLAIN, "conditioning_image": opaque, "text": "a"})
     assert pixels[0].equal(pixels[1])
+
+
+def test_a_picture_that_is_transparent_everywhere_is_a_bad_row(read):
+    """Such as a TGA or BMP of 32 bits whose fourth byte is not used."""
+    empty = encoded_as(Image.new("RGBA", (64, 64), (255, 0, 0, 0)), "TGA")
+    found, wrong = read({"image": empty, "conditioning_image": PLAIN, "text": "a"})
+    assert found is None and "transparent everywhere" in wrong
+
+
+def test_targets_are_converted_from_their_colour_profile_and_controls_are_not(read):
+    """The profile is sRGB's with red and green exchanged. One that is broken is left alone."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exchanged = srgb.replace(b"rXYZ", b"aXYZ").replace(b"gXYZ", b"rXYZ").replace(b"aXYZ", b"gXYZ")
+    red = Image.new("RGB", (64, 64), (200, 40, 90))
+    target, control = (encoded_as(red, icc_profile=exchanged, compress_level=level) for level in (1, 9))
+    pixels, wrong = read({"image": target, "conditioning_image": control, "text": "a"})
+    target, control = ((one[0, :, 0, 0] + 1) * 127.5 for one in pixels)
+    assert not wrong and target.tolist() == pytest.approx([40, 200, 90], abs=2)
+    assert control.tolist() == pytest.approx([200, 40, 90], abs=0.1)
+    pixels, wrong = read({"image": encoded_as(red, icc_profile=b"none"), "conditioning_image": PLAIN, "text": "a"})
+    assert not wrong and torch.equal(pixels[0], control.view(1, 3, 1, 1).expand_as(pixels[0]) / 127.5 - 1)
 
 
 def pictures(rows):
@@ -117,8 +143,9 @@ def test_of_named_splits_train_is_taken_and_the_others_are_named(config, tmp_pat
 
 
 def test_what_save_to_disk_leaves_is_loaded(config, tmp_path, capsys):
+    """Also with a format, such as of some columns."""
     rows = datasets.Dataset.from_list([{"image": "a", "conditioning_image": "b", "text": str(n)} for n in range(5)])
-    rows.save_to_disk(tmp_path / "one")
+    rows.with_format("pandas", columns=["image"]).save_to_disk(tmp_path / "one")
     datasets.DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "two")
     assert captions(config, tmp_path / "one") == captions(config, tmp_path / "two") == [0, 1, 2, 3, 4]
     assert "not test" in capsys.readouterr().err
@@ -138,14 +165,14 @@ def picture_folder(folder):
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     for n in range(2):
         Image.new("RGB", (64, 64), (n, 0, 0)).save(folder / f"{n}.png")
-        Image.new("RGB", (64, 64), (0, n + 1, 0)).save(folder / f"{n}-control.png")
+        Image.new("RGB", (64, 64), (0, n + 99, 0)).save(folder / f"{n}-control.png")
 
 
 def wrongs(config, base):
     """What is wrong with each row of a data set."""
     rows = cv4ctrl.open_dataset(config)
-    reader = cv4ctrl.Reader(config, base, rows, set())
-    return ["".join(reader.read(index)[1]) for index in range(len(rows))]
+    reader = cv4ctrl.Reader(config, base, rows)
+    return ["".join(reader.read_or_tell(index)[1]) for index in range(len(rows))]
 
 
 @pytest.mark.parametrize("form", ["pictures", "parquet", "parquet/rows.parquet"])
@@ -158,33 +185,56 @@ def test_relative_paths_belong_to_the_data_set_and_not_to_the_working_folder(for
     assert wrongs(config(dataset_name=tmp_path / form), base) == ["", ""]
 
 
-def test_captions_that_are_no_text_are_bad_rows(config, base, flags, tmp_path):
-    """Not UTF-8, a dictionary, a number, nothing: also with --dry_run nothing worse happens."""
-    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
-    start = b'{"image": "a.png", "conditioning_image": "a.png", "text": '
+def test_captions_that_are_no_text_are_bad_rows(config, base, flags, refused, tmp_path):
+    """Not UTF-8, a dictionary, a number, nothing. --dry_run finds them."""
+    for name, colour in (("a", "black"), ("b", "white")):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / f"{name}.png")
+    start = b'{"image": "a.png", "conditioning_image": "b.png", "text": '
     values = [b'"fine"', b'"caf\xe9"', b'"\\ud800"', b'{"en": "a"}', b"7", b"null"]
     (tmp_path / "rows.jsonl").write_bytes(b"\n".join(start + value + b"}" for value in values))
     options = {"dataset_name": None, "jsonl_for_train": tmp_path / "rows.jsonl", "train_batch_size": 1}
     found = wrongs(config(**options), base)
     assert not found[0] and all(text.startswith(f"row {n}, text: ") for n, text in enumerate(found) if n)
-    cv4ctrl.main([*flags(tmp_path / "out", **options), "--dry_run"])
+    argv = [*flags(tmp_path / "out", **options), "--dry_run"]
+    assert "row 1, text: " in refused(argv)
+    cv4ctrl.main([*argv, "--skip_bad_rows"])
 
 
-@pytest.mark.parametrize("file", ["cut.png", "folder.png", "nowhere.png", "bomb.png"])
+@pytest.mark.parametrize("file", ["cut.png", "folder.png", "nowhere.png", "bomb.png", "pipe.png", "page.png"])
 def test_files_that_hold_no_picture(file, read, tmp_path):
     whole = encoded_as(Image.effect_noise((64, 64), 50))["bytes"]
     (tmp_path / "cut.png").write_bytes(whole[:-300])
     (tmp_path / "folder.png").mkdir()
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")  # it would take 1.2 GB
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "page.png").write_text("<!DOCTYPE html>")
     found, wrong = read({"image": {"bytes": whole}, "conditioning_image": str(tmp_path / file), "text": "a"})
-    assert found is None and wrong.startswith("row 0, conditioning_image: ") and "\n" not in wrong
+    assert found is None and wrong.startswith("row 0, conditioning_image: ") and file in wrong and len(wrong) <= 300
+    assert file != "page.png" or "<!DOCTYPE" in wrong
 
 
-@pytest.mark.parametrize("value", ["", None, {"bytes": b"", "path": None}, 7, ["a.png"], {"path": 7}])
+@pytest.mark.parametrize("value", [
+    "", None, {"bytes": b"", "path": None}, 7, ["a.png"], {"path": 7}, "data:image/png;base64,iVBOR", "http://a/b.png"
+])  # fmt: skip
 def test_a_row_without_picture(value, read):
     """Or whose --image_column is another one."""
     row = {"image": PLAIN["bytes"], "conditioning_image": value, "text": "a"}  # a column of bytes is one of pictures
-    assert read(row) == (None, "row 0, conditioning_image: no picture")
+    found, wrong = read(row)
+    assert found is None and wrong.startswith("row 0, conditioning_image: no ")
+    assert (value if isinstance(value, str) else repr(value)) in wrong
+
+
+@pytest.mark.parametrize("line", ["7", "null", '[{"image": "a.png"}]', "{'image': 'a'}", '{"image":'])
+def test_lines_that_are_no_json_objects_are_told_with_their_number(line, flags, refused, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"image": "a", "conditioning_image": "b", "text": "1"}\n\n' + line)
+    said = refused(flags(tmp_path / "out", dataset_name=None, jsonl_for_train=tmp_path / "rows.jsonl"))
+    assert said.startswith(f"cv4ctrl.py: data set {tmp_path}/rows.jsonl: line 3, where one JSON object is expected")
+
+
+def test_a_folder_is_a_folder_also_where_it_is_called_like_a_format(config, tmp_path, monkeypatch):
+    parquet(tmp_path / "json" / "rows", 3)
+    monkeypatch.chdir(tmp_path)
+    assert captions(config, "json") == [0, 1, 2]
 
 
 def test_what_is_odd_about_rows_is_counted_over_all_and_told_once(config, base, device, capsys, tmp_path):
@@ -197,13 +247,20 @@ def test_what_is_odd_about_rows_is_counted_over_all_and_told_once(config, base, 
 
     turned = Image.Exif()
     turned[0x0112] = 6
-    tall, wide = encoded_as(Image.new("RGB", (64, 128))), encoded_as(Image.new("RGB", (128, 64)))
-    padded, small = encoded_as(Image.new("RGB", (64, 130))), encoded_as(Image.new("RGB", (32, 64)))
-    fine = [(tall, padded), (tall, encoded_as(Image.new("RGB", (128, 64)), "JPEG", exif=turned)), (tall, small)]
+    tall, wide, padded, small = (
+        encoded_as(Image.new("RGB", size, "grey")) for size in ((64, 128), (128, 64), (64, 130), (32, 64))
+    )
+    sideways = encoded_as(Image.new("RGB", (128, 64), "grey"), "JPEG", exif=turned)
+    black = encoded_as(Image.new("RGB", (64, 128), (0, 19, 0)))
+    fine = [(tall, padded), (tall, sideways), (tall, small)]
     assert told("one", fine) == []
-    shape, size = told("two", [*fine, (padded, wide), (small, tall), (small, wide), (tall, wide)])
-    assert "row 3: " in shape and "differ in shape" in shape and "(3 of 7 rows)" in shape
-    assert "row 4: " in size and "smaller than --resolution 64" in size and "(2 of 7 rows)" in size
+    odd = [(padded, wide), (small, tall), (small, wide), (tall, wide), (tall, tall), (tall, black)]
+    for _ in "12":  # once they are cached, too
+        shape, size, same, dark = told("two", fine + odd)
+        assert "row 3: " in shape and "differ in shape" in shape and "(3 of 9 rows)" in shape
+        assert "row 4: " in size and "smaller than --resolution 64" in size and "(2 of 9 rows)" in size
+        assert "row 7: the control is the target (1 of 9 rows)" in same
+        assert "row 8: the control is nearly black everywhere (1 of 9 rows)" in dark
 
 
 def test_folders_that_are_named_after_splits_only_in_part_are_refused(config, tmp_path):

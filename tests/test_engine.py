@@ -18,7 +18,8 @@ def take_steps(engine, stream):
     """Three steps -> ([[loss, gradient norm]], weights after them)."""
     model = cv4ctrl.VelocityModel(engine, stream.config.resolution)
     batches = (stream.micro_batch(model.device, number) for number in range(2 * len(RATES)))
-    figures = [cv4ctrl.train_step(engine, model, batches, stream.config, rate) for rate in RATES]
+    steps = [cv4ctrl.train_step(engine, model, batches, stream.config, rate) for rate in RATES]
+    figures = [(step["loss"], step["grad_norm"]) for step in steps]
     assert next(batches, None) is None and engine.global_steps == len(RATES)
     return figures, {name: weight.detach().clone() for name, weight in engine.module.named_parameters()}
 

@@ -101,7 +101,7 @@ def test_pictures_of_a_run_without_cases_of_the_user_and_with_one(
 @torch.no_grad()
 def test_the_probe_computed_again_from_its_definition(stream, encoded, model):
     losses = ([], [])
-    samples = [stream.sample(row, row.caption_key, None, "probe", n) for n, row in enumerate(encoded.held_out)]
+    samples = [stream.sample(row, 0, "probe", n) for n, row in enumerate(encoded.held_out)]
     t = torch.arange(100.0, 901, 100)
     sigma = cv4ctrl.shifted_sigma(t, 16).view(9, 1, 1, 1)
     for sample, following in zip(samples, samples[1:] + samples[:1], strict=True):

@@ -10,6 +10,8 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,7 +19,7 @@ from pathlib import Path
 import pytest
 
 import cv4ctrl
-from ranks import launch, main_with, rows, same, shared_nursery, state, until, weights
+from ranks import command, launch, main_with, rows, same, shared_nursery, state, until, weights
 from test_fp16_rejection import engine_file
 
 OFFLOAD = "zero_optimization.offload_optimizer.device"
@@ -76,7 +78,8 @@ def goes_on(run, argv, folder, undisturbed):
 def only_line(text):
     """What the run says at its end, once and without a traceback."""
     assert "Traceback" not in text, text
-    (line,) = [line for line in text.splitlines() if line.startswith("cv4ctrl.py: ") and "skipping" not in line]
+    lines = [line for line in text.splitlines() if line.startswith("cv4ctrl.py: ")]
+    (line,) = [line for line in lines if "skipping" not in line and "waiting for" not in line]
     return line
 
 
@@ -105,6 +108,7 @@ def meet_signal(argv, function, training, call, rank, number):
 
     Calls count inside the training steps or outside of them, and each is told."""
     work, calls = getattr(cv4ctrl, function), []
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
 
     def counted(*args, **options):
         if cv4ctrl.torch.is_grad_enabled() == training:
@@ -132,7 +136,7 @@ def test_a_signal_ends_the_run_at_once_and_loses_no_whole_step(world, run, words
     folder = tmp_path / "run"
     argv = words(folder, encoded_dir=None, **options)
     for n, (function, training, call, step) in enumerate([
-        ("save_file", False, 3, None),  # while it encodes
+        ("save", False, 3, None),  # while it encodes
         ("euler_sample", False, 1, 0),
         ("flow_matching_loss", True, 16 + 3, 1),  # the third micro-batch of the second step
         ("flow_matching_loss", False, 1, 2),  # the first probe
@@ -140,17 +144,54 @@ def test_a_signal_ends_the_run_at_once_and_loses_no_whole_step(world, run, words
         ("euler_sample", False, 4 // world + 1, 3),  # of the last evaluation: it continues with that of step 2
     ]):  # fmt: skip
         before = {file: file.stat().st_mtime_ns for file in folder.glob("checkpoint-*/*.json")}
-        number = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)[n % 3]
+        number = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)[n % 4]
         job = ("test_faults.meet_signal", [argv, function, training, call, n % world, number])
         codes, text = run(job, world)
         assert codes == [75] * world, text
+        assert "stopped by a signal; the same" in only_line(text), text
         if step is None:
-            assert "stopped by a signal; the same" in only_line(text) and 0 < len(list(folder.glob("encoded/*"))) < 96
+            assert 0 < len(list(folder.glob("encoded/*"))) < 96
         else:
-            assert f"stopped by a signal after step {step};" in only_line(text), text
             assert text.count("a call") == call * world, text
         assert list(cv4ctrl.checkpoints(folder)) == [*range(1, (step or 0) + 1)]
         assert all(file.stat().st_mtime_ns == before[file] for file in before)
+    goes_on(lambda argv: run(argv, world), argv, folder, tmp_path / "undisturbed")
+
+
+def slow_micro_batches(argv):
+    """Runs a command line in which a signal from outside meets a micro-batch."""
+    loss = cv4ctrl.flow_matching_loss
+
+    def slow(*args):
+        time.sleep(0.1)
+        return loss(*args)
+
+    main_with(argv, flow_matching_loss=slow)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("launcher", ["torch.distributed.run --nproc_per_node", "deepspeed.launcher.runner --num_gpus"])
+def test_a_signal_to_a_launcher_and_its_ranks(launcher, world, run, words, tmp_path):
+    """As Ctrl-C or a batch system sends it, in a step of 16 micro-batches. All whole steps are saved."""
+    options = {"train_batch_size": 2 // world, "gradient_accumulation_steps": 16, "max_train_steps": 3}
+    options |= {"checkpointing_steps": 100, "checkpoints_total_limit": 0}
+    folder = tmp_path / "run"
+    argv = words(folder, **options)
+    program = f"import sys; sys.path[:0] = {sys.path}; import test_faults; test_faults.slow_micro_batches(sys.argv[1:])"
+    (tmp_path / "slow.py").write_text(program)
+    with open(tmp_path / "output", "w") as output:
+        env = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+        place = {"stdout": output, "stderr": output, "env": env | {"OMP_NUM_THREADS": "1"}}
+        started = command(f"{launcher}={world}", tmp_path / "slow.py", argv)
+        launched = subprocess.Popen(started, start_new_session=True, **place)
+    until(lambda: reached(folder) > 0)
+    time.sleep(0.3)  # the third micro-batch of the second step
+    os.killpg(launched.pid, signal.SIGTERM)
+    assert launched.wait() != 0
+    until(lambda: "stopped by a signal" in (tmp_path / "output").read_text())
+    until(lambda: list(cv4ctrl.checkpoints(folder)) == [1])
+    assert launch(world, words(tmp_path / "undisturbed", **options)) == [[0, None]]
     goes_on(lambda argv: run(argv, world), argv, folder, tmp_path / "undisturbed")
 
 
@@ -266,15 +307,61 @@ def test_a_rank_that_hangs_ends_the_run(run, words, tmp_path):
     assert codes[0] == 1 and "Timeout (0:01:00)!" in text and "in all_" in text and "in train" in text, text
 
 
+def without_terminal(argv):
+    """Job: as under nohup, after the program has ended that read what is written, and the terminal was closed."""
+    reader, writer = os.pipe()
+    os.dup2(writer, 1)
+    os.dup2(writer, 2)
+    os.close(reader)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    train_step = cv4ctrl.train_step
+
+    def step(*args):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return train_step(*args)
+
+    main_with(argv, train_step=step)
+
+
+def test_a_run_outlives_its_terminal(run, words, half, undisturbed):
+    goes_on(lambda argv: run(("test_faults.without_terminal", [argv])), words(half), half, undisturbed)
+
+
 def on_its_own_disk(argv, folder):
     """Job: a rank that is alone on its machine."""
     os.chdir(Path(folder, os.environ["RANK"]))
     main_with(argv)
 
 
-def test_two_machines_without_a_shared_folder_are_refused(words, tmp_path):
+@pytest.mark.parametrize("flag", ["output_dir", "encoded_dir"])
+def test_two_machines_without_a_shared_folder_are_refused(flag, words, tmp_path):
     for rank in "01":
         (tmp_path / rank).mkdir()
-    job = ("test_faults.on_its_own_disk", [words("a-relative-folder"), tmp_path])
-    codes, text = shared_nursery().run(job, 2, tmp_path, env={"LOCAL_RANK": 0})
-    assert codes == [2, 2] and "all machines must share it" in only_line(text), text
+    argv = words(**{"folder": tmp_path / "run"} | {flag.replace("output_dir", "folder"): "relative"})
+    codes, text = shared_nursery().run(("test_faults.on_its_own_disk", [argv, tmp_path]), 2, tmp_path)
+    assert codes == [2, 2] and "relative: all machines must share it" in only_line(text), text
+
+
+def with_a_stale_listing(argv):
+    """Job: rank 1 does not see the newest checkpoint yet."""
+    find_checkpoint = cv4ctrl.find_checkpoint
+
+    def find(output_dir):
+        older = Path(output_dir, "checkpoint-3")
+        return (older, cv4ctrl.whole_manifest(older)) if cv4ctrl.RANK == 1 else find_checkpoint(output_dir)
+
+    main_with(argv, find_checkpoint=find)
+
+
+def test_ranks_that_see_different_checkpoints_are_refused(run, words, half):
+    codes, text = run(("test_faults.with_a_stale_listing", [words(half)]))
+    assert codes == [2, 2] and "newest checkpoint" in only_line(text), text
+
+
+def test_tasks_that_do_not_know_of_each_other_are_refused(words, tmp_path):
+    """As `mpirun -n 2 python cv4ctrl.py` or srun start them: each would train on half the batch. A job of two tasks
+    in which one is started is none of these."""
+    for name, code in (("SLURM_STEP_NUM_TASKS", 2), ("OMPI_COMM_WORLD_SIZE", 2), ("SLURM_NTASKS", 0)):
+        argv = words(tmp_path / name, train_batch_size=4, max_train_steps=1)
+        codes, text = shared_nursery().run(argv, 1, tmp_path, env={name: 2})
+        assert codes == [code] and ("several tasks" in text) == bool(code), text

@@ -168,7 +168,9 @@ def test_dry_run_sees_what_it_would_continue_from_and_writes_nothing(flags, refu
     assert "2 of 4 samples, 0 done; 48 rows;" in capsys.readouterr().out and not list(tmp_path.iterdir())
     folder = tmp_path / "out" / "checkpoint-7"
     folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text(json.dumps({"step": 7, "files": {}, "identity": {"seed": 0}}))
+    (folder / "manifest.json").write_text(
+        json.dumps({"step": 7, "skipped": 0, "evaluated": 7, "logged": 0, "files": {}, "identity": {"seed": 0}})
+    )
     cv4ctrl.main(argv)
     assert "2 of 4 samples, 7 done;" in capsys.readouterr().out
     assert "seed was 0 and is 1" in refused([*argv, "--seed", 1])

@@ -68,7 +68,7 @@ def test_a_run_leaves_what_the_readme_says(trained):
     assert {file.name for file in (run / "checkpoint-6").iterdir()} == {"transformer", "state", "manifest.json"}
     manifest = json.loads((run / "checkpoint-6" / "manifest.json").read_text())
     resumed = {"step": 6, "skipped": 0, "evaluated": 6}
-    assert manifest.items() > resumed.items() and manifest["steps"] == 6 and manifest["identity"]["seed"] == 0
+    assert manifest.items() > resumed.items() and manifest["identity"]["seed"] == 0
     files = {str(f.relative_to(run / "checkpoint-6")) for f in (run / "checkpoint-6").rglob("*") if f.is_file()}
     assert manifest["files"].keys() | {"manifest.json"} == files
     keys = {"step", "samples", "loss", "lr", "grad_norm", "samples_per_s", "skipped"}
@@ -147,13 +147,13 @@ def test_a_killed_run_goes_on_bitwise_under_torchrun_and_deepspeed(name, launche
 
 
 def test_a_longer_run_beside_old_shards_and_with_a_stale_address(copy, flags, tmp_path):
-    """It trains alone, tells that its schedule changes, and leaves weights that load; saving them anew is harmless."""
+    """It trains alone and leaves weights that load; saving them anew is harmless."""
     for name in (".safetensors.index.json", "-00001-of-00002.safetensors"):
         (copy / f"diffusion_pytorch_model{name}").write_text("{}")
     stale = {"MASTER_ADDR": "192.0.2.1", "MASTER_PORT": "1"}
     longer = flags(copy, **SIX | {"max_train_steps": 8})
     codes, text = shared_nursery().run(longer, 1, tmp_path, env=stale)
-    assert codes == [0] and "schedule was made for 6 steps, now it is for 8" in text, text
+    assert codes == [0], text
     model = diffusers.CogView4Transformer2DModel.from_pretrained(copy, dtype=torch.float32)
     assert same(dict(model.named_parameters()), weights(copy / "checkpoint-8" / "transformer"))
     model.register_to_config(sample_size=9)

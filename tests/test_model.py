@@ -1,19 +1,23 @@
-"""Recomputation saves memory and changes nothing else."""
+"""Recomputation saves memory, compilation time, and neither changes anything else."""
+
+import functools
 
 import pytest
 import torch
 from deepspeed.utils import safe_get_full_grad
+from torch._dynamo.utils import counters
 
 import cv4ctrl
 import tiny
+from ranks import launch, same, weights
 
 
-def micro_batch():
-    """Three samples with captions of different lengths."""
+def micro_batch(lengths=(16, 32, 20)):
+    """Three samples with captions of these lengths."""
     random = torch.Generator().manual_seed(0)
     batch = {name: torch.randn(3, 16, 8, 8, generator=random) for name in ("latents", "control", "noise")}
     batch["timestep"] = torch.tensor([5.0, 300.0, 900.0])
-    return batch | {"prompts": [torch.randn(length, 32, generator=random) for length in (16, 32, 20)]}
+    return batch | {"prompts": [torch.randn(length, 32, generator=random) for length in lengths]}
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -33,3 +37,49 @@ def test_gradients_of_the_engine_are_bitwise_the_same_whatever_is_recomputed(pre
     for gradients in found.values():
         for gradient, expected in zip(gradients, found["none"], strict=True):
             assert expected.any() and torch.equal(gradient, expected)
+
+
+@pytest.fixture()
+def compiler(monkeypatch):
+    """What dynamo counts; it traces as always, but nothing is generated."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    return counters
+
+
+@pytest.mark.parametrize(
+    "choice", ["none", "most", *(pytest.param(c, marks=pytest.mark.long) for c in ("some", "all"))]
+)
+def test_compiled_blocks_are_whole_graphs_and_train_alike(choice, compiler, base, caplog):
+    """Twenty steps with batches of one and two caption lengths: in the end new lengths need no new graph."""
+    found, graphs = {}, []
+    for compiled in (False, True):
+        network = tiny.control_model(base)
+        cv4ctrl.recompute(network, choice, compiled)
+        model = cv4ctrl.VelocityModel(network, 64)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        for step in range(20):
+            length = 16 * (1 + step % 10)
+            lengths = [length, length if step % 2 else length + 32]
+            cv4ctrl.flow_matching_loss(model, micro_batch([length, *lengths])).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            graphs.append(compiler["stats"].get("unique_graphs", 0))
+        found[compiled] = {name: weight.detach() for name, weight in network.named_parameters()}
+    assert same(found[True], found[False], 1e-5)
+    assert not compiler["graph_break"] and "recompile_limit" not in caplog.text
+    assert graphs[19] == 0 < graphs[20] and graphs[-1] == graphs[-8] <= 8, graphs
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("world, choice", [(1, "none"), (1, "some"), (1, "most"), (1, "all"), (2, "most")])
+def test_a_compiled_run_ends_where_another_does(world, choice, flags, encoded, tmp_path):
+    """Twenty steps of the real engine with the real compiler; a continued run may switch it on."""
+    common = dict(train_batch_size=4 // world, recompute=choice, adam_epsilon=1e-3, checkpointing_steps=100)
+    for folder, *runs in (("plain", (20, None)), ("compiled", (20, True)), ("half", (10, None), (20, True))):
+        for steps, switch in runs:
+            options = common | {"max_train_steps": steps, "validation_steps": 20, "compile": switch}
+            assert launch(world, flags(tmp_path / folder, **options)) == [[0, None]]
+    for folder in ("compiled", "half"):
+        assert same(weights(tmp_path / folder), weights(tmp_path / "plain"), 1e-5)

@@ -28,7 +28,7 @@ def make_sample(seed, tokens):
     random = torch.Generator().manual_seed(seed)
     sample = dict(zip(("latents", "control", "noise"), torch.randn(3, 16, 8, 8, generator=random)))
     prompt = torch.randn(tokens, 32, generator=random).bfloat16()
-    return sample | {"timestep": torch.tensor([100.0 + 250 * seed]), "prompt": prompt}
+    return sample | {"timestep": torch.tensor(100.0 + 250 * seed), "prompt": prompt}
 
 
 def losses_and_gradients(model, samples):
@@ -80,7 +80,7 @@ def test_draws_from_a_posterior_are_those_of_diffusers_also_where_its_variance_i
     """Log-variances of 50 and -50 are clamped."""
     moments = torch.cat([torch.zeros(16, 8, 8), torch.linspace(-50, 50, 16 * 64).view(16, 8, 8)]).bfloat16()
     save_file({"entry": moments}, tmp_path / "key.safetensors")
-    encoded = cv4ctrl.Encoded(tmp_path, {}, "", [], [], [])
+    encoded = cv4ctrl.Encoded(tmp_path, "", [], [], [])
     posterior = DiagonalGaussianDistribution(moments[None].float())
     eps = torch.randn(16, 8, 8)
     assert torch.equal(encoded.latents("key", eps), (posterior.mean + posterior.std * eps)[0])

@@ -23,7 +23,12 @@ def run(tmp_path_factory, device, flags):
     photos = sorted(file for file in FOLDER.iterdir() if file.suffix in (".png", ".jpg", ".gif"))
     lines = [json.dumps({"image": str(photo), "text": photo.stem.replace("_", " ")}) for photo in photos]
     (folder / "train.jsonl").write_text("\n".join(lines))
-    options = {"dataset_name": None, "jsonl_for_train": folder / "train.jsonl", "control": "canny"}
+    options = {
+        "dataset_name": None,
+        "jsonl_for_train": folder / "train.jsonl",
+        "control": "canny",
+        "skip_bad_rows": True,
+    }
     options |= {"mixed_precision": "bf16", "num_validation_images": 1, "num_inference_steps": 2}
     cv4ctrl.main(flags(folder / "run", **options))
     return folder / "run"

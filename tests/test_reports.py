@@ -18,9 +18,19 @@ def test_tensorboard_and_through_it_wandb_get_every_figure_and_picture(config, d
     log = cv4ctrl.Log(config(tmp_path, report_to="all"), cv4ctrl.TrainState(), 3)
     log.write("probe", 0, {"probe_loss": 0.5, "control_gain": 0.25}, tmp_path / "red.png")
     log.write("train", 1, {"loss": 0.75})
-    wandb.init.assert_called_once_with(sync_tensorboard=True)
+    options = wandb.init.call_args.kwargs
+    assert options["sync_tensorboard"] and options["resume"] == "allow" and options["config"]["report_to"] == "all"
+    again = cv4ctrl.Log(config(tmp_path, report_to="all"), cv4ctrl.TrainState(1), 3)
+    again.write("train", 2, {"loss": 0.5})
+    assert wandb.init.call_args.kwargs["id"] == options["id"]  # a continued run continues the same curves
+    assert [call.kwargs["purge_step"] for call in tensorboard.SummaryWriter.call_args_list] == [1, 2]
     writer = tensorboard.SummaryWriter(tmp_path / "logs")
-    figures = [("probe/probe_loss", 0.5, 0), ("probe/control_gain", 0.25, 0), ("train/loss", 0.75, 1)]
+    figures = [
+        ("probe/probe_loss", 0.5, 0),
+        ("probe/control_gain", 0.25, 0),
+        ("train/loss", 0.75, 1),
+        ("train/loss", 0.5, 2),
+    ]
     assert [call.args for call in writer.add_scalar.call_args_list] == figures
     ((title, image, step),) = [call.args for call in writer.add_images.call_args_list]
     assert (title, image.shape, step) == ("validation", (1, 32, 64, 3), 0) and (image == [1, 0, 0]).all()

@@ -2,6 +2,8 @@
 
     python tests/bench/bench.py                                 all sections, with the tiny base of tests/demo/base
     python tests/bench/bench.py bare --train_batch_size 8       some of them, with any flags of cv4ctrl.py
+    python tests/bench/bench.py compile --width 512 --layers 4 --resolution 512
+                                                                with a base of that width
     python tests/bench/bench.py reference --reference FILE --in-proportion --resolution 256 --rows 48
                                                                 against FILE, your copy of diffusers' example
 
@@ -71,6 +73,9 @@ class Bench:
         self.device = cv4ctrl.start_ranks(60)
         self.folder = Path(folder)
         base = ROOT / "tests/demo/base"
+        if options.width:
+            shape = {"heads": options.width // 64, "head_dim": 64, "layers": options.layers}
+            base = tiny.make_base(f"{folder}/base", **shape)
         if options.in_proportion:
             tokenizer = base / "tokenizer"  # in which the captions have fewer than 16 tokens
             base = tiny.make_base(f"{folder}/base", **PROPORTIONS)
@@ -87,7 +92,7 @@ class Bench:
     def transformer(self, config):
         dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
         transformer = cv4ctrl.load_transformer(self.base / "transformer", dtype, self.device)
-        cv4ctrl.recompute(transformer, config.recompute)
+        cv4ctrl.recompute(transformer, config.recompute, config.compile)
         return transformer
 
     def engine(self, config):
@@ -149,6 +154,57 @@ def section_recompute(bench):
         yield {"recompute": one.recompute, "ms": spread(frame[n], 1e3), "relative to all": relative}
 
 
+def section_compile(bench):
+    """a step with each value of --recompute, with and without --compile, in turn"""
+    choices = itertools.product(cv4ctrl.KEPT_PER_BLOCK, (False, True))
+    configs = [bench.config(recompute=choice, compile=compiled) for choice, compiled in choices]
+    steps = [functools.partial(timed_step, one, *bench.engine(one), bench.batches(one)) for one in configs]
+    frame = bench.times(*steps)
+    for n in range(0, len(configs), 2):
+        row = {"recompute": configs[n].recompute, "ms": spread(frame[n], 1e3), "compiled ms": spread(frame[n + 1], 1e3)}
+        yield row | {"compiled / not": spread(frame[n + 1] / frame[n])}
+
+
+def section_attention(bench):
+    """forward and backward pass of 4 samples whose captions have several lengths, on prefixes, against the same under a
+    mask, and against captions of equal length, in turn; and FLOP of attention"""
+    config = bench.config(train_batch_size=4)
+    model = cv4ctrl.VelocityModel(bench.transformer(config), config.resolution)
+    width = model.network.config.text_embed_dim
+    side = config.resolution // cv4ctrl.PIXELS_PER_LATENT
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def batch(lengths):
+        made = {name: torch.randn(4, 16, side, side, device=bench.device) for name in ("latents", "control", "noise")}
+        prompts = [torch.randn(length, width, device=bench.device) for length in lengths]
+        return made | {"prompts": prompts, "timestep": torch.full((4,), 500.0, device=bench.device)}
+
+    def run(lengths, own=None):
+        sequence = model.image_tokens + max(lengths)
+        mask = torch.zeros(4, 1, 1, sequence, dtype=torch.bool, device=bench.device)
+        for n, length in enumerate(own or lengths):
+            mask[n, ..., : model.image_tokens + length] = True
+        masked = functools.partial(attend, attn_mask=mask) if own else attend
+        inputs, start = batch(lengths), now()
+        with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", masked):
+            cv4ctrl.flow_matching_loss(model, inputs).backward()
+        return now() - start
+
+    mixed, longest = [16, 48, 96, 128], 4 * [128]
+    kinds = {
+        "prefixes": (mixed,),
+        "masked": (longest, mixed),
+        "equal, of the mean": (4 * [72],),
+        "equal, longest": (longest,),
+    }
+    frame = bench.times(*(functools.partial(run, *lengths) for lengths in kinds.values()))
+    for n, (name, (lengths, *_)) in enumerate(kinds.items()):
+        pairs = sum((model.image_tokens + length) ** 2 for length in lengths)
+        flops = pairs / (4 * (model.image_tokens + 128) ** 2)
+        relative = spread(frame[n] / frame[0])
+        yield {"captions": name, "ms": spread(frame[n], 1e3), "relative": relative, "FLOP of attention": flops}
+
+
 def section_reference(bench):
     """samples/s against the example, which encodes in every step; in turn, same base, rows, batch, precision, steps"""
     data = bench.data(bench.flags.resolution)
@@ -196,10 +252,13 @@ def main(argv):
     parser.add_argument("--steps", type=int, default=60, help="that count [60]")
     parser.add_argument("--repeats", type=int, default=3, help="of reference [3]")
     parser.add_argument("--in-proportion", action="store_true", help="a base with CogView4-6B's proportions")
+    parser.add_argument("--width", type=int, help="of a base of random weights, a multiple of 64")
+    parser.add_argument("--layers", type=int, default=4, help="of that base [4]")
     parser.add_argument("--rows", type=int, default=64, help="of the data [64]")
     parser.add_argument("--reference", help="your copy of diffusers' train_control_cogview4.py; it needs accelerate")
     options, flags = parser.parse_known_args(argv[len(chosen) :])
     sections = chosen or [name for name in SECTIONS if options.reference or name != "reference"]
+    torch._dynamo.config.cache_size_limit = 256  # all values of --recompute in one process
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options, flags, folder)
         found = {name: list(SECTIONS[name](bench)) for name in sections}
