@@ -1156,11 +1156,12 @@ def raise_if_stopped(device):
 class Log:
     """metrics.jsonl, trackers and progress bar of rank 0."""
 
-    def __init__(self, config, state, steps):
+    def __init__(self, config, state):
         self.config = config
         self.folder = Path(config.output_dir)
         self.file = self.folder / "metrics.jsonl"
         self.first_step = state.step
+        steps = config.max_train_steps
         self.bar = tqdm(None, "training", total=steps, initial=state.step, **BAR)
         self.report_to = config.report_to if RANK == 0 else "none"
         self.tracker = None
@@ -1229,21 +1230,20 @@ def train_step(engine, model, batches, config, rate):
     return figures
 
 
-def learning_rate(config, steps):
+def learning_rate(config):
     """-> function from steps done to the learning rate of the next one."""
     unused = torch.optim.SGD([torch.zeros(1)])  # get_scheduler wants an optimizer
-    spans = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": steps}
-    schedule = diffusers.optimization.get_scheduler(config.lr_scheduler, unused, **spans)
+    spans = config.lr_warmup_steps, config.max_train_steps
+    schedule = diffusers.optimization.get_scheduler(config.lr_scheduler, unused, None, *spans)
     return lambda step: config.learning_rate * schedule.lr_lambdas[0](step)
 
 
 def train(engine, stream, base, identity, state):
     """Trains from a TrainState to --max_train_steps. After a signal it fails with code 75."""
     config = stream.config
-    steps = config.max_train_steps
     model = VelocityModel(engine, config.resolution)
-    log = Log(config, state, steps)
-    rate = learning_rate(config, steps)
+    log = Log(config, state)
+    rate = learning_rate(config)
     numbers = itertools.count(state.step * config.gradient_accumulation_steps)
     load = partial(stream.micro_batch, model.device)
     batches = prefetch(load, numbers, config.dataloader_num_workers)
@@ -1254,18 +1254,18 @@ def train(engine, stream, base, identity, state):
             faulthandler.dump_traceback_later(60 * config.timeout_minutes, exit=True)
 
             # Evaluate: before the first step, every validation_steps, and at the end.
-            due = state.step % config.validation_steps == 0 or state.step == steps
+            last = state.step >= config.max_train_steps
+            due = last or state.step % config.validation_steps == 0
             if due and state.evaluated < state.step:
                 picture = draw_pictures(model, stream, base, state.step)
                 log.write("probe", state.step, probe(model, stream), picture)
                 state = replace(state, evaluated=state.step)
 
             # Save.
-            due = state.step % config.checkpointing_steps == 0 or state.step == steps
-            if due and state.step > saved:
+            if (last or state.step % config.checkpointing_steps == 0) and state.step > saved:
                 save_checkpoint(engine, config, state, identity)
                 saved = state.step
-            if state.step >= steps:
+            if last:
                 break
 
             # Train one step.
@@ -1291,9 +1291,7 @@ def train(engine, stream, base, identity, state):
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense bf16
 USABLE = 0.9  # of a card's memory; CUDA, NCCL and fragmentation take the rest
 UTILISATION = 0.35, 0.2  # of a card's peak: what full fine-tunes of such models reach (README)
-HOST_BYTES = (
-    21.5  # a weight, offloaded: moments; as pinned powers of two fp32 and bf16 weights, gradients
-)
+HOST_BYTES = 21.5  # a weight, if offloaded; pinned memory is rounded up to powers of two
 TEXT_ENCODER_GB = 19  # GLM-4-9B in bf16
 
 Cards = namedtuple("Cards", "number name memory flops")  # memory and flops are those of one
@@ -1608,17 +1606,23 @@ def describe_run(config, settings, cards):
         "hardware": cards.name,
         "ranks": WORLD,
     }
-    with atomic(Path(config.output_dir, "run.json")) as aside:
-        aside.write_text(json.dumps(about, indent=1))
+    with fail_together():
+        if RANK == 0:
+            with atomic(Path(config.output_dir, "run.json")) as aside:
+                aside.write_text(json.dumps(about, indent=1))
 
 
-def copy_weights(source, folder):
-    """Copies an exported transformer into a folder, in the place of weights that are there."""
-    for old in folder.glob("diffusion_pytorch_model*"):  # among them shards and their index
-        old.unlink()
-    for file in source.iterdir():
-        with atomic(folder / file.name) as aside:
-            shutil.copyfile(file, aside)
+def leave_weights(folder):
+    """Copies the last checkpoint's weights to output_dir, where the example leaves them."""
+    with fail_together():
+        if RANK == 0:
+            checkpoint, _ = find_checkpoint(folder)
+            for old in folder.glob("diffusion_pytorch_model*"):  # among them shards and their index
+                old.unlink()
+            for file in (checkpoint / "transformer").iterdir():
+                with atomic(folder / file.name) as aside:
+                    shutil.copyfile(file, aside)
+            print(f"done: weights and pictures in {folder}")
 
 
 def run(config):
@@ -1645,7 +1649,7 @@ def run(config):
         return
 
     # Prepare.
-    lock = lock_folders(config)
+    _lock = lock_folders(config)  # held until the end
     device = start_ranks(1.5 * config.timeout_minutes)  # the watch of train() is faster
     check_agreement(config, settings, manifest)
 
@@ -1661,18 +1665,9 @@ def run(config):
     transformer = load_transformer(start_from, dtype, device)
     recompute(transformer, config.recompute, config.compile)
     engine = start_engine(config, settings, transformer, checkpoint, state)
-    with fail_together():
-        if RANK == 0:
-            describe_run(config, settings, cards)
+    describe_run(config, settings, cards)
     train(engine, Stream(config, encoded, RANK, WORLD), base, identity, state)
-
-    # Leave the final weights where the example leaves them.
-    with fail_together():
-        if RANK == 0:
-            last, _ = find_checkpoint(config.output_dir)
-            copy_weights(last / "transformer", Path(config.output_dir))
-            lock.close()
-            print(f"done: weights and pictures in {config.output_dir}")
+    leave_weights(Path(config.output_dir))
     dist.destroy_process_group()
 
 

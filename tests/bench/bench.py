@@ -226,7 +226,7 @@ def section_reference(bench):
         command = [sys.executable, f"{ROOT}/tests/bench/reference.py", bench.options.reference, *words]
         done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
         folder = Path(bench.folder, f"run-{n}-{visits}")
-        with mock.patch.multiple(cv4ctrl, load_encoders=load, save_checkpoint=mock.Mock(), copy_weights=mock.Mock()):
+        with mock.patch.multiple(cv4ctrl, load_encoders=load, save_checkpoint=mock.Mock(), leave_weights=mock.Mock()):
             with mock.patch.object(cv4ctrl.dist, "destroy_process_group"):
                 start = time.perf_counter()
                 cv4ctrl.run(dataclasses.replace(config, output_dir=str(folder)))
