@@ -38,6 +38,7 @@ import shutil
 import signal
 import sys
 import time
+import unicodedata
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -49,6 +50,7 @@ from typing import Literal
 import datasets
 import deepspeed
 import diffusers
+import fsspec
 import huggingface_hub
 import torch
 import torch.distributed as dist
@@ -451,7 +453,7 @@ def load_splits(name, config_name):
     if path.is_file():
         return datasets.load_dataset("parquet", data_files=name)
     if not config_name:
-        refuse_forgotten_files(path)
+        refuse_forgotten_files(Path(name))
     return datasets.load_dataset(name, config_name)
 
 
@@ -467,6 +469,8 @@ def refuse_forgotten_files(folder):
     names = glob.glob("**/*.*", root_dir=root, recursive=True)  # as `datasets`: no hidden ones
     present = {root / name for name in names if "/__" not in f"/{name}"}
     left = sorted(str(file) for file in present - taken if file.suffix in kinds)
+    odd = [str(file) for file in taken if kinds & set(file.suffixes[:-1])]  # data.parquet.bak
+    require(not odd, f"would take {', '.join(odd[:3])} for data: move what is none away")
     some = f"{len(left)} files are in no split, such as {', '.join(left[:3])}"
     require(not left, f"{some}: give the folder of a split, or rename what has a split's name")
 
@@ -526,9 +530,13 @@ def content_of(cell, folder):
     if content and isinstance(content, bytes):
         return content, path
     require(path and isinstance(path, str), f"no picture, but {cell!r:.50}")
-    file = folder / path
-    require(file.is_file(), f"no such file: {path:.100}")
-    return file.read_bytes(), path
+    if path.startswith("zip://"):  # `datasets` reads zip files without unpacking them
+        with fsspec.open(path) as stream:
+            return stream.read(), path
+    forms = [path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD"))]
+    files = [folder / form for form in forms if (folder / form).is_file()]
+    require(files, f"no such file: {path:.100}")
+    return files[0].read_bytes(), path
 
 
 @functools.cache
@@ -1026,7 +1034,8 @@ def start_ranks(minutes):
     if WORLD > 1:
         say(f"waiting for {WORLD} ranks at {place}")
     with explained(f"no meeting at {place}", dist.DistError, ValueError, code=1):
-        deepspeed.init_distributed(timeout=datetime.timedelta(minutes=minutes), verbose=False)
+        limit = datetime.timedelta(minutes=minutes)
+        deepspeed.init_distributed(auto_mpi_discovery=False, timeout=limit, verbose=False)
     nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     for number in [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1] + [signal.SIGHUP] * (not nohup):
         signal.signal(number, lambda number, frame: stop_requests.append(number))
@@ -1090,8 +1099,11 @@ def save_checkpoint(engine, config, state, identity):
     with fail_together():
         if RANK == 0:
             engine.module.save_pretrained(aside / "transformer", max_shard_size="100GB")
-            files = [file for file in aside.rglob("*") if file.is_file()]
+            files = list(aside.glob("*/*"))
             sizes = {str(file.relative_to(aside)): file.stat().st_size for file in files}
+            with suppress(PermissionError):  # some file systems know none
+                for file in files:  # which safetensors makes for their owner alone
+                    file.chmod(aside.stat().st_mode & 0o666)
             state = replace(state, logged=(folder.parent / "metrics.jsonl").stat().st_size)
             manifest = asdict(state) | {"identity": identity, "files": sizes}
             (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -1361,10 +1373,11 @@ def longest_caption(config, base, rows):
     for index, cell in enumerate(cells):
         with suppress(*skipped), explained(f"row {index}, {column}"):
             texts.append(caption_of(cell))
-    most = config.max_sequence_length  # a token has fewer than 16 characters
-    longest = [text[: 16 * most] for text in sorted(texts, key=len)[-1000:]]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base / "tokenizer")
-    tokens = max(map(len, tokenizer(longest)["input_ids"]))
+    tokens = most = config.max_sequence_length
+    longest = sorted(texts, key=len)[-1000:]
+    if len(longest[-1]) < 8 * most:  # others surely have the most, and would take a minute
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base / "tokenizer")
+        tokens = max(map(len, tokenizer(longest)["input_ids"]))
     return 16 * math.ceil(min(tokens, most) / 16)
 
 
@@ -1460,11 +1473,11 @@ def all_gather_objects(item):
 
 @contextmanager
 def fail_together():
-    """A file error inside, on any rank, ends all ranks. All ranks must call it."""
+    """An error of files inside, on any rank, ends all ranks. All ranks must call it."""
     error = None
     try:
         yield
-    except (OSError, SafetensorError) as caught:
+    except (OSError, SafetensorError, Failure) as caught:
         error = f"rank {RANK}: {caught}"
     for message in all_gather_objects(error):
         require(message is None, message, 1)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import shutil
 from dataclasses import replace
 
 import cv2
@@ -229,6 +230,28 @@ def test_lines_that_are_no_json_objects_are_told_with_their_number(line, flags, 
     (tmp_path / "rows.jsonl").write_text('{"image": "a", "conditioning_image": "b", "text": "1"}\n\n' + line)
     said = refused(flags(tmp_path / "out", dataset_name=None, jsonl_for_train=tmp_path / "rows.jsonl"))
     assert said.startswith(f"cv4ctrl.py: data set {tmp_path}/rows.jsonl: line 3, where one JSON object is expected")
+
+
+def test_pictures_in_a_zip_file_are_read_and_names_in_another_unicode_form_are_found(config, base, tmp_path):
+    picture_folder(tmp_path / "pictures")
+    (tmp_path / "pictures" / "0-control.png").rename(tmp_path / "pictures" / "cafe\u0301.png")  # as macOS writes it
+    metadata = tmp_path / "pictures" / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace("0-control.png", "caf\u00e9.png"))
+    assert wrongs(config(dataset_name=tmp_path / "pictures"), base) == ["", ""]
+    metadata.write_text(
+        metadata.read_text().replace("caf\u00e9", "cafe\u0301").replace("conditioning_image", "control_file_name")
+    )
+    (tmp_path / "zipped").mkdir()
+    shutil.make_archive(tmp_path / "zipped" / "all", "zip", tmp_path / "pictures")
+    zipped = config(dataset_name=tmp_path / "zipped", conditioning_image_column="control")
+    assert wrongs(zipped, base) == ["", ""]
+
+
+def test_a_backup_beside_data_is_not_read(config, tmp_path):
+    parquet(tmp_path / "data" / "data", 2)
+    shutil.copy(tmp_path / "data" / "data.parquet", tmp_path / "data" / "data.parquet.bak")
+    with pytest.raises(cv4ctrl.Failure, match="data.parquet.bak for data"):
+        captions(config, tmp_path / "data")
 
 
 def test_a_folder_is_a_folder_also_where_it_is_called_like_a_format(config, tmp_path, monkeypatch):

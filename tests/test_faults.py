@@ -169,30 +169,46 @@ def slow_micro_batches(argv):
     main_with(argv, flow_matching_loss=slow)
 
 
+def start(words, output, **env):
+    """Starts a command as a user does, with its output in a file -> the process."""
+    mine = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # this process may be a rank itself
+    env = {name: value for name, value in os.environ.items() if name not in mine} | {"OMP_NUM_THREADS": "1"} | env
+    with open(output, "w") as file:
+        return subprocess.Popen(words, stdout=file, stderr=file, env=env, start_new_session=True)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("launcher", ["torch.distributed.run --nproc_per_node", "deepspeed.launcher.runner --num_gpus"])
 def test_a_signal_to_a_launcher_and_its_ranks(launcher, world, run, words, tmp_path):
     """As Ctrl-C or a batch system sends it, in a step of 16 micro-batches. All whole steps are saved."""
+    folder, output = tmp_path / "run", tmp_path / "output"
     options = {"train_batch_size": 2 // world, "gradient_accumulation_steps": 16, "max_train_steps": 3}
-    options |= {"checkpointing_steps": 100, "checkpoints_total_limit": 0}
-    folder = tmp_path / "run"
-    argv = words(folder, **options)
+    argv = words(folder, checkpointing_steps=100, checkpoints_total_limit=0, **options)
     program = f"import sys; sys.path[:0] = {sys.path}; import test_faults; test_faults.slow_micro_batches(sys.argv[1:])"
     (tmp_path / "slow.py").write_text(program)
-    with open(tmp_path / "output", "w") as output:
-        env = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-        place = {"stdout": output, "stderr": output, "env": env | {"OMP_NUM_THREADS": "1"}}
-        started = command(f"{launcher}={world}", tmp_path / "slow.py", argv)
-        launched = subprocess.Popen(started, start_new_session=True, **place)
+    launched = start(command(f"{launcher}={world}", tmp_path / "slow.py", argv), output)
     until(lambda: reached(folder) > 0)
     time.sleep(0.3)  # the third micro-batch of the second step
     os.killpg(launched.pid, signal.SIGTERM)
     assert launched.wait() != 0
-    until(lambda: "stopped by a signal" in (tmp_path / "output").read_text())
-    until(lambda: list(cv4ctrl.checkpoints(folder)) == [1])
+    until(lambda: "stopped by a signal" in output.read_text() and list(cv4ctrl.checkpoints(folder)) == [1])
     assert launch(world, words(tmp_path / "undisturbed", **options)) == [[0, None]]
     goes_on(lambda argv: run(argv, world), argv, folder, tmp_path / "undisturbed")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_run_sh_reaches_the_ranks_and_it_waits_for_them(number, words, tmp_path):
+    argv = words(tmp_path / "run", total_batch_size=4, max_train_steps=4000, num_validation_images=0)
+    script, port = Path(cv4ctrl.__file__).with_name("run.sh"), str(random.randrange(20_000, 30_000))
+    started = start(["bash", script, *argv], tmp_path / "output", NUM_GPUS="2", MASTER_PORT=port)
+    until(lambda: reached(tmp_path / "run") > 5)
+    started.send_signal(number)
+    assert started.wait(60) != 0 and "stopped by a signal" in (tmp_path / "output").read_text()
+    with open(tmp_path / "run" / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # no rank is left
+    assert max(cv4ctrl.checkpoints(tmp_path / "run")) == reached(tmp_path / "run")
 
 
 DAMAGE = {

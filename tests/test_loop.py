@@ -71,6 +71,7 @@ def test_a_run_leaves_what_the_readme_says(trained):
     assert manifest.items() > resumed.items() and manifest["identity"]["seed"] == 0
     files = {str(f.relative_to(run / "checkpoint-6")) for f in (run / "checkpoint-6").rglob("*") if f.is_file()}
     assert manifest["files"].keys() | {"manifest.json"} == files
+    assert {file.stat().st_mode & 0o777 for file in run.rglob("*") if file.is_file()} == {0o644}  # as the umask says
     keys = {"step", "samples", "loss", "lr", "grad_norm", "samples_per_s", "skipped"}
     assert [(row["step"], row["samples"], row.keys()) for row in rows(run)] == [(n, 4 * n, keys) for n in range(1, 7)]
     about = json.loads((run / "run.json").read_text())

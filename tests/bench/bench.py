@@ -144,16 +144,6 @@ def section_bare(bench):
     yield times | {"overhead %": spread(frame[0] / frame[1] - 1, 100)}
 
 
-def section_recompute(bench):
-    """a step with each value of --recompute, in turn"""
-    configs = [bench.config(recompute=choice) for choice in cv4ctrl.KEPT_PER_BLOCK]
-    steps = [functools.partial(timed_step, one, *bench.engine(one), bench.batches(one)) for one in configs]
-    frame = bench.times(*steps)
-    for n, one in enumerate(configs):
-        relative = spread(frame[n] / frame[len(configs) - 1])
-        yield {"recompute": one.recompute, "ms": spread(frame[n], 1e3), "relative to all": relative}
-
-
 def section_compile(bench):
     """a step with each value of --recompute, with and without --compile, in turn"""
     choices = itertools.product(cv4ctrl.KEPT_PER_BLOCK, (False, True))
@@ -166,43 +156,32 @@ def section_compile(bench):
 
 
 def section_attention(bench):
-    """forward and backward pass of 4 samples whose captions have several lengths, on prefixes, against the same under a
-    mask, and against captions of equal length, in turn; and FLOP of attention"""
+    """forward and backward pass of 4 samples whose captions have several lengths: on prefixes, under a mask as in
+    earlier versions, and with equal lengths, in turn; FLOP of attention relative to that under a mask"""
     config = bench.config(train_batch_size=4)
     model = cv4ctrl.VelocityModel(bench.transformer(config), config.resolution)
-    width = model.network.config.text_embed_dim
-    side = config.resolution // cv4ctrl.PIXELS_PER_LATENT
+    width, side = model.network.config.text_embed_dim, config.resolution // cv4ctrl.PIXELS_PER_LATENT
     attend = torch.nn.functional.scaled_dot_product_attention
+    batch = {name: torch.randn(4, 16, side, side, device=bench.device) for name in ("latents", "control", "noise")}
+    batch["timestep"] = torch.full((4,), 500.0, device=bench.device)
 
-    def batch(lengths):
-        made = {name: torch.randn(4, 16, side, side, device=bench.device) for name in ("latents", "control", "noise")}
-        prompts = [torch.randn(length, width, device=bench.device) for length in lengths]
-        return made | {"prompts": prompts, "timestep": torch.full((4,), 500.0, device=bench.device)}
-
-    def run(lengths, own=None):
-        sequence = model.image_tokens + max(lengths)
-        mask = torch.zeros(4, 1, 1, sequence, dtype=torch.bool, device=bench.device)
-        for n, length in enumerate(own or lengths):
-            mask[n, ..., : model.image_tokens + length] = True
-        masked = functools.partial(attend, attn_mask=mask) if own else attend
-        inputs, start = batch(lengths), now()
+    def run(lengths, mask):
+        inputs = batch | {"prompts": [torch.randn(length, width, device=bench.device) for length in lengths]}
+        start = now()
+        masked = functools.partial(attend, attn_mask=mask)
         with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", masked):
             cv4ctrl.flow_matching_loss(model, inputs).backward()
         return now() - start
 
-    mixed, longest = [16, 48, 96, 128], 4 * [128]
-    kinds = {
-        "prefixes": (mixed,),
-        "masked": (longest, mixed),
-        "equal, of the mean": (4 * [72],),
-        "equal, longest": (longest,),
-    }
-    frame = bench.times(*(functools.partial(run, *lengths) for lengths in kinds.values()))
-    for n, (name, (lengths, *_)) in enumerate(kinds.items()):
-        pairs = sum((model.image_tokens + length) ** 2 for length in lengths)
-        flops = pairs / (4 * (model.image_tokens + 128) ** 2)
-        relative = spread(frame[n] / frame[0])
-        yield {"captions": name, "ms": spread(frame[n], 1e3), "relative": relative, "FLOP of attention": flops}
+    mixed, equal, longest = [16, 48, 96, 128], 4 * [72], 4 * [128]
+    own = model.image_tokens + torch.tensor(mixed, device=bench.device).view(4, 1, 1, 1)
+    mask = torch.arange(model.image_tokens + 128, device=bench.device) < own
+    kinds = {"prefixes": (mixed, None), "masked": (longest, mask), "mean": (equal, None), "longest": (longest, None)}
+    frame = bench.times(*(functools.partial(run, *kind) for kind in kinds.values()))
+    for n, (name, (lengths, _)) in enumerate(kinds.items()):
+        flops = sum((model.image_tokens + length) ** 2 for length in lengths) / len(mask.flatten()) / mask.shape[-1]
+        row = {"captions": name, "ms": spread(frame[n], 1e3), "relative": spread(frame[n] / frame[0])}
+        yield row | {"FLOP of attention": flops}
 
 
 def section_reference(bench):
