@@ -530,7 +530,7 @@ def content_of(cell, folder):
     if content and isinstance(content, bytes):
         return content, path
     require(path and isinstance(path, str), f"no picture, but {cell!r:.50}")
-    if path.startswith("zip://"):  # `datasets` reads zip files without unpacking them
+    if path.startswith("zip://") and path.rpartition("::")[2].startswith("/"):  # of `datasets`
         with fsspec.open(path) as stream:
             return stream.read(), path
     forms = [path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD"))]
