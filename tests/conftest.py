@@ -46,6 +46,13 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def pipe(base):
+    """The installed pipeline as it encodes and decodes."""
+    pipeline = cv4ctrl.diffusers.CogView4ControlPipeline
+    return pipeline.from_pretrained(base, transformer=None, dtype=cv4ctrl.torch.bfloat16)
+
+
+@pytest.fixture(scope="session")
 def data(base):
     return tiny.make_data(base.with_name("data"), 48)  # with captions of 32 and 48 tokens
 

@@ -7,6 +7,7 @@ import atexit
 import contextlib
 import faulthandler
 import functools
+import gc
 import importlib
 import json
 import multiprocessing
@@ -174,6 +175,7 @@ def gradients(argv, file):
 
     def train(engine, stream, *_):
         assert engine.module.is_gradient_checkpointing  # which auto means where the memory is unknown
+        assert not {"GlmModel", "AutoencoderKL"} & {type(each).__name__ for each in gc.get_objects()}
         model = cv4ctrl.VelocityModel(engine, stream.config.resolution)
         for turn in range(stream.config.gradient_accumulation_steps):
             if turn > 0:

@@ -20,7 +20,7 @@ def test_sections(device, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "WARM_UP", 1)
     (tmp_path / "example.py").write_text(EXAMPLE)
     found = bench.main(["--steps=2", "--repeats=1", "--rows=4", f"--reference={tmp_path}/example.py"])
-    assert found["bare"][0]["bare ms"][0] > 0 and len(found["compile"]) == 4 and len(found["attention"]) == 4
+    assert found["bare"][0]["bare ms"][0] > 0 and len(found["compile"]) == 4
     assert [row["visits a row"] for row in found["reference"][::3]] == [1, 3, 10]
     for rows in zip(*[iter(found["reference"])] * 3):
         example, *ours = (row["samples/s"][0] for row in rows)

@@ -1,31 +1,21 @@
 """What lies in the cache is what inference computes, and it is computed once."""
 
-import contextlib
 import io
 import json
 import os
 import shutil
-import signal
 from dataclasses import replace
 from unittest import mock
 
-import datasets
 import pytest
 import torch
-from diffusers import AutoencoderKL, CogView4ControlPipeline
+from diffusers import AutoencoderKL
 from diffusers.utils import load_image
 from PIL import Image
-from safetensors.torch import load_file
 from transformers import GlmModel
 
 import cv4ctrl
-import ranks
 import tiny
-
-
-@pytest.fixture(scope="module")
-def pipe(base):
-    return CogView4ControlPipeline.from_pretrained(base, transformer=None, dtype=torch.bfloat16)
 
 
 @pytest.fixture()
@@ -127,32 +117,6 @@ def test_a_byte_a_size_or_a_name_in_the_files_of_an_encoder_changes_its_keys(con
         assert len({each.pop(part) for each in found}) == 4 and all(each == found[0] for each in found)
 
 
-def die_while_saving(argv):
-    """A job for ranks: is killed in the middle of writing an entry, once 30 are there."""
-
-    atomic = cv4ctrl.atomic
-
-    @contextlib.contextmanager
-    def atomic_or_die(file):
-        with atomic(file) as aside:
-            yield aside
-            if len(list(file.parent.glob("[!.]*"))) >= 30:
-                os.truncate(aside, 1000)
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    ranks.main_with(argv, atomic=atomic_or_die)
-
-
-def test_killed_encoding_goes_on_where_it_stopped(encode, flags, tmp_path):
-    job = ("test_encode.die_while_saving", [flags(tmp_path / "out", encoded_dir=tmp_path / "cache")])
-    codes, _ = ranks.shared_nursery().run(job, 2, tmp_path / "logs")
-    kept = list((tmp_path / "cache").glob("[!.]*"))
-    assert -signal.SIGKILL in codes and len(kept) >= 30 and all(map(load_file, kept))
-    rows = tiny.make_rows(48)
-    _, pictures, captions = encode(rows)
-    assert len(kept) + pictures + captions == 2 * 48 + len({caption for *_, caption in rows}) + 1
-
-
 @pytest.mark.parametrize("damage", ["cut", "zeros", "empty"])
 def test_a_damaged_entry_is_encoded_again(damage, encode, tmp_path):
     """As an interrupted copy of the cache leaves it."""
@@ -215,13 +179,3 @@ def test_json_lines_parquet_and_columns(config, base, device, tmp_path):
     parquet = config(dataset_name=tiny.write_parquet(tmp_path / "parquet", rows) / "train.parquet")
     found = [by_index(cv4ctrl.encode(c, base, cv4ctrl.open_dataset(c), device)) for c in (jsonl, parquet)]
     assert found[0] == found[1] and len(found[0]) == 12
-
-
-def test_columns_that_no_flag_names_are_left_alone(config, tmp_path):
-    """Such as sound or film, for which libraries may be missing."""
-    picture = {"bytes": b"none", "path": None}
-    row = {"image": picture, "conditioning_image": picture, "text": "a"}
-    kinds = {"image": datasets.Image(), "conditioning_image": datasets.Image(), "text": datasets.Value("string")}
-    features = datasets.Features(kinds | {"more": datasets.List(datasets.Image())})
-    datasets.Dataset.from_list([row | {"more": [picture]}], features).to_parquet(tmp_path / "rows.parquet")
-    assert cv4ctrl.open_dataset(config(dataset_name=tmp_path / "rows.parquet"))[0] == row

@@ -60,11 +60,6 @@ def seen(pipe, latents):
     return np.array(pipe.image_processor.postprocess(pixels)[0])
 
 
-@pytest.fixture(scope="module")
-def pipe(base):
-    return CogView4ControlPipeline.from_pretrained(base, transformer=None, dtype=torch.bfloat16)
-
-
 @torch.no_grad()
 def test_pictures_of_a_run_without_cases_of_the_user_and_with_one(
     stream, base, config, device, encoded, model, pipe, tmp_path
@@ -78,9 +73,9 @@ def test_pictures_of_a_run_without_cases_of_the_user_and_with_one(
         assert (before[y, 0] == seen(pipe, encoded.latents(row.control_key))).all()
         assert (before[y, 3] == seen(pipe, encoded.latents(row.image_key))).all()
 
-    own, prompt = tmp_path / "own.png", "a green star, seen from above"
+    own = tmp_path / "own.png"
     Image.effect_noise((64, 40), 60).convert("RGB").save(own)
-    asked = {"validation_image": own, "validation_prompt": prompt}
+    asked = {"validation_image": own, "validation_prompt": "a green star, seen from above"}
     config = config(tmp_path, num_validation_images=2, num_inference_steps=2, **asked)
     encoded = cv4ctrl.encode(config, base, cv4ctrl.open_dataset(config), device)
     with mock.patch.object(cv4ctrl, "euler_sample", wraps=cv4ctrl.euler_sample) as sampler:
@@ -92,10 +87,6 @@ def test_pictures_of_a_run_without_cases_of_the_user_and_with_one(
     pixels = pipe.image_processor.preprocess(Image.open(own), 64, 64).bfloat16()
     control = pipe.vae.encode(pixels).latent_dist.mode()
     assert (found[0, 0] == seen(pipe, control[0])).all() and (found[0, 3] == 255).all()
-    texts = [pipe.encode_prompt(text, do_classifier_free_guidance=False)[0][0] for text in (prompt, "")]
-    for m in range(2):
-        drawn = cv4ctrl.euler_sample(model, noises[m], control.float(), *texts, 2, 3.5)
-        assert (found[0, 1 + m] == seen(pipe, drawn[0])).all()
 
 
 @torch.no_grad()

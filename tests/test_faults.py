@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import json
 import os
-import pickle
 import random
 import re
 import resource
@@ -246,24 +245,6 @@ def test_a_second_run_in_the_same_folder_is_refused(words, half, refused):
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "another run" in refused(words(half, train_batch_size=4))
     assert before == {file: file.stat().st_mtime_ns for file in half.rglob("*")}
-
-
-def test_nothing_is_unpickled(run, words, half, base, data, tmp_path):
-    """Pickles lie beside all files that a run reads, under the names that libraries look for."""
-    bomb = f"cbuiltins\nopen\n(V{tmp_path / 'boom'}\nVw\ntR.".encode()  # makes that file
-    options = {"pretrained_model_name_or_path": shutil.copytree(base, tmp_path / "base")}
-    options |= {"dataset_name": shutil.copytree(data, tmp_path / "data"), "encoded_dir": tmp_path / "cache"}
-    (tmp_path / "cache").mkdir()
-    for folder in filter(Path.is_dir, [*tmp_path.rglob("*")]):  # of which one is the run's
-        for name in ("diffusion_pytorch_model.bin", "pytorch_model.bin", "model.pt", "a.pkl", "latest"):
-            (folder / name).write_bytes(bomb)
-    manifest = json.loads((half / "checkpoint-6" / "manifest.json").read_text())
-    (half / "checkpoint-6" / "manifest.json").write_text(json.dumps(manifest | {"identity": {}}))  # of another base
-    codes, text = run(words(half, **options, train_batch_size=4, max_train_steps=7), world=1)
-    assert codes == [0] and "damaged" not in text and reached(half) == 7, text
-    assert not (tmp_path / "boom").exists()
-    pickle.loads(bomb)
-    assert (tmp_path / "boom").exists()  # it does go off
 
 
 def nan_on_rank_1(argv, *bad):

@@ -1,6 +1,5 @@
 """Flags, ds_config.json and where they contradict: a mistake is one line and exit code 2, and nothing is written."""
 
-import dataclasses
 import json
 import re
 import shlex
@@ -14,25 +13,12 @@ import cv4ctrl
 from test_fp16_rejection import engine_file
 
 ROOT = Path(__file__).parents[1]
-FLAGS = cv4ctrl.Config.__dataclass_fields__
 
 
 def test_a_flag_of_the_example_that_is_not_here_is_refused_by_name_and_without_its_value(refused):
     for words in (["--scale_lr"], ["--hub_token", "secret"], ["--hub-token=secret"]):
         line = refused(words)
         assert words[0].split("=")[0] in line and "README" in line and "secret" not in line
-
-
-def test_flags_of_the_example_mean_here_what_they_mean_there(config):
-    assert config(gradient_checkpointing=True).recompute == "all" and config().recompute == "auto"
-    assert config(offload=True, resume_from_checkpoint="latest") == dataclasses.replace(config(), offload=True)
-
-
-def test_defaults_are_the_recipe_of_the_original_document():
-    recipe = {"learning_rate": 5e-5, "adam_weight_decay": 1e-4, "lr_scheduler": "cosine", "lr_warmup_steps": 1000}
-    recipe |= {"train_batch_size": 8, "mixed_precision": "bf16", "resolution": 1024, "recompute": "auto"}
-    assert {name: FLAGS[name].default for name in recipe} == recipe
-    assert cv4ctrl.resolve(cv4ctrl.Config(total_batch_size=128), 8).gradient_accumulation_steps == 2
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -65,22 +51,16 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(argv, words, fl
     *(f"zero_optimization.stage = {stage}" for stage in ("0", "3", "true", '"2"', '"auto"')),
     'zero_optimization.offload_param = {"device": "cpu"}', 'zero_optimization.offload_optimizer.device = "nvme"',
     "zero_optimization.reduce_bucket_size = 67108863", 'zero_optimization.reduce_bucket_size = "auto"',
+    "train_micro_batch_size_per_gpu = 4", "train_batch_size = 4", "gradient_accumulation_steps = 1",
+    "gradient_clipping = 1.0", "bf16.enabled = false",
 ])  # fmt: skip
 def test_what_is_not_known_to_train_right_is_refused_by_name(setting, flags, refused, tmp_path):
-    """Other optimizers and stages, features of DeepSpeed that train wrongly, values of a wrong type."""
+    """Other optimizers and stages, features of DeepSpeed that train wrongly, values of a wrong type, and what a flag
+    decides, even if they agree."""
     name, _, value = setting.partition(" = ")
     file = engine_file(tmp_path, name, json.loads(value))
     line = refused([*flags(tmp_path / "out", deepspeed_config=file), "--dry_run"])
     assert f"ds.json: {name}" in line and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("name, value", [
-    ("train_micro_batch_size_per_gpu", 4), ("train_batch_size", 4), ("gradient_accumulation_steps", 1),
-    ("gradient_clipping", 1.0), ("bf16.enabled", False),
-])  # fmt: skip
-def test_what_a_flag_decides_must_be_auto_in_the_file_even_if_they_agree(name, value, flags, refused, tmp_path):
-    line = refused(flags(tmp_path / "out", deepspeed_config=engine_file(tmp_path, name, value)))
-    assert f"{name} = {json.dumps(value)}" in line and "auto" in line
 
 
 def test_the_engine_gets_what_flags_and_file_say_and_the_shipped_values_for_the_rest(config, tmp_path):
@@ -127,10 +107,9 @@ def test_validation_cases_are_n_to_n_or_one_serves_all_and_others_are_refused(
 
 def test_an_empty_data_set_and_a_base_without_parts(flags, refused, base, tmp_path):
     file = tmp_path / "rows.jsonl"
-    for text, words in (("", "empty"), ('{"image": 1}\nnot json\n', "JSONDecodeError"), ("null\n", "JSON object")):
-        file.write_text(text)
-        line = refused(flags(tmp_path / "out", dataset_name=None, jsonl_for_train=file))
-        assert line.startswith(f"cv4ctrl.py: data set {file}: ") and words in line
+    file.touch()
+    line = refused(flags(tmp_path / "out", dataset_name=None, jsonl_for_train=file))
+    assert line.startswith(f"cv4ctrl.py: data set {file}: ") and "empty" in line
     other = shutil.copytree(base, tmp_path / "other")
     words = flags(tmp_path / "out", pretrained_model_name_or_path=other)
     (other / "vae" / "diffusion_pytorch_model.safetensors").unlink()

@@ -155,35 +155,6 @@ def section_compile(bench):
         yield row | {"compiled / not": spread(frame[n + 1] / frame[n])}
 
 
-def section_attention(bench):
-    """forward and backward pass of 4 samples whose captions have several lengths: on prefixes, under a mask as in
-    earlier versions, and with equal lengths, in turn; FLOP of attention relative to that under a mask"""
-    config = bench.config(train_batch_size=4)
-    model = cv4ctrl.VelocityModel(bench.transformer(config), config.resolution)
-    width, side = model.network.config.text_embed_dim, config.resolution // cv4ctrl.PIXELS_PER_LATENT
-    attend = torch.nn.functional.scaled_dot_product_attention
-    batch = {name: torch.randn(4, 16, side, side, device=bench.device) for name in ("latents", "control", "noise")}
-    batch["timestep"] = torch.full((4,), 500.0, device=bench.device)
-
-    def run(lengths, mask):
-        inputs = batch | {"prompts": [torch.randn(length, width, device=bench.device) for length in lengths]}
-        start = now()
-        masked = functools.partial(attend, attn_mask=mask)
-        with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", masked):
-            cv4ctrl.flow_matching_loss(model, inputs).backward()
-        return now() - start
-
-    mixed, equal, longest = [16, 48, 96, 128], 4 * [72], 4 * [128]
-    own = model.image_tokens + torch.tensor(mixed, device=bench.device).view(4, 1, 1, 1)
-    mask = torch.arange(model.image_tokens + 128, device=bench.device) < own
-    kinds = {"prefixes": (mixed, None), "masked": (longest, mask), "mean": (equal, None), "longest": (longest, None)}
-    frame = bench.times(*(functools.partial(run, *kind) for kind in kinds.values()))
-    for n, (name, (lengths, _)) in enumerate(kinds.items()):
-        flops = sum((model.image_tokens + length) ** 2 for length in lengths) / len(mask.flatten()) / mask.shape[-1]
-        row = {"captions": name, "ms": spread(frame[n], 1e3), "relative": spread(frame[n] / frame[0])}
-        yield row | {"FLOP of attention": flops}
-
-
 def section_reference(bench):
     """samples/s against the example, which encodes in every step; in turn, same base, rows, batch, precision, steps"""
     data = bench.data(bench.flags.resolution)
