@@ -47,7 +47,6 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pipe(base):
-    """The installed pipeline as it encodes and decodes."""
     pipeline = cv4ctrl.diffusers.CogView4ControlPipeline
     return pipeline.from_pretrained(base, transformer=None, dtype=cv4ctrl.torch.bfloat16)
 

@@ -48,12 +48,10 @@ def test_nothing_in_the_engine_settings_can_bring_in_half_precision(name, value,
 
 
 @pytest.mark.parametrize("precision, enabled", [("bf16", True), ("no", False)])
-def test_bf16_and_fp32_are_taken_as_deepspeed_reads_them(precision, enabled, config, flags, capsys, tmp_path):
+def test_bf16_and_fp32_are_taken_as_deepspeed_reads_them(precision, enabled, config, tmp_path):
     for reduced, torch_type in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         file = engine_file(tmp_path, "communication_data_type", reduced)
         options = {"mixed_precision": precision, "deepspeed_config": file}
         read = DeepSpeedConfig(cv4ctrl.engine_settings(config(**options)))
         assert read.bfloat16_config.enabled is enabled and read.communication_data_type is torch_type
         assert not read.float16_config.enabled and not read.torch_autocast_enabled
-        cv4ctrl.main([*flags(tmp_path / "out", **options), "--dry_run"])
-        assert "steps   2 of 4 samples" in capsys.readouterr().out

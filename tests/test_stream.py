@@ -1,5 +1,6 @@
 """Sample k is a pure function of (seed, k): ranks, threads and restarts only decide who asks for it."""
 
+import functools
 import itertools
 import threading
 
@@ -14,6 +15,20 @@ CPU = torch.device("cpu")
 @pytest.fixture()
 def make(encoded, config):
     return lambda rank=0, world=1, **options: cv4ctrl.Stream(config(world=world, **options), encoded, rank, world)
+
+
+def test_one_rank_and_two_see_bitwise_the_same_samples(make):
+    """Three steps of two micro-batches a rank, past the end of an epoch of 44 rows; threads prepare them."""
+    batches = []
+    for rank, world in ((0, 1), (0, 2), (1, 2)):
+        stream = make(rank, world, total_batch_size=16, train_batch_size=8 // world, proportion_empty_prompts=0.3)
+        batches.append(list(cv4ctrl.prefetch(functools.partial(stream.micro_batch, CPU), range(2, 8), 3)))
+    assert [len(of_rank) for of_rank in batches] == [6, 6, 6]
+    for one, *two in zip(*batches):
+        for name in ("latents", "control", "noise", "timestep"):
+            assert torch.equal(one[name], torch.cat([half[name] for half in two])), name
+        prompts = zip(one["prompts"], two[0]["prompts"] + two[1]["prompts"], strict=True)
+        assert len(one["prompts"]) == 8 and all(a.equal(b) for a, b in prompts)
 
 
 def test_every_row_comes_once_an_epoch_in_another_order(make, encoded):
@@ -66,5 +81,3 @@ def test_prefetch_runs_ahead_yields_in_order_and_closes():
     next(endless)
     endless.close()
     assert threading.active_count() == before and len(calls) <= 4
-    with pytest.raises(ZeroDivisionError):
-        list(cv4ctrl.prefetch(lambda item: 1 / item, [1, 0, 1], 2))
