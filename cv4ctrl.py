@@ -152,7 +152,7 @@ class Config:
     adam_beta1: float = flag(0.9, "decay of the first moment", most=0.99999)
     adam_beta2: float = flag(0.999, "decay of the second moment", most=0.99999)
     adam_weight_decay: float = flag(1e-4, "decoupled weight decay")
-    adam_epsilon: float = flag(1e-8, "added to the root of the second moment")
+    adam_epsilon: float = flag(1e-8, "added to the root of the second moment", least=1e-16)
     max_grad_norm: float = flag(1.0, "gradients are clipped to this 2-norm; 0: never")
 
     # Evaluation
@@ -217,7 +217,8 @@ def validation_cases(config):
     images, prompts = config.validation_image or [], config.validation_prompt or []
     for image in images:
         with explained(f"--validation_image {image}"):
-            Image.open(image).close()
+            use = "column" if config.control == "column" else "target"  # no detector yet
+            decode_picture(Path(image).read_bytes(), use, config.resolution)
     count = max(len(images), len(prompts))
     fit = {len(images), len(prompts)} <= {1, count}
     require(fit, "--validation_image, --validation_prompt: give as many of both, or one of either")
@@ -766,6 +767,7 @@ def encode(config, base, rows, device):
     tell_remarks(config, found[:count])
     usable, cases = ([row for row, _ in part if row] for part in (found[:count], found[count:]))
     train, held_out = hold_out(usable, config.probe_samples)
+    require(train, "there are no rows to train on")
     if len(held_out) < min(2, config.probe_samples):
         say("fewer than two rows can be held out: control_gain is not measured")
     return Encoded(Path(config.encoded_dir), reader.empty_key, train, held_out, cases)
@@ -1093,6 +1095,8 @@ def save_state(engine, folder):
 
 def save_checkpoint(engine, config, state, identity):
     """Writes checkpoint-<step> and deletes the oldest. All ranks must call it."""
+    finite = all(weight.isfinite().all() for weight in engine.module.parameters())
+    require(finite, "weights are not finite: they are not saved, and older checkpoints stay", 1)
     folder = Path(config.output_dir, f"checkpoint-{state.step}")
     aside = folder.with_name(f".{folder.name}.tmp")
     save_state(engine, aside / "state")
@@ -1180,7 +1184,9 @@ class Log:
         with fail_together():
             if RANK == 0:  # cut off what came after the checkpoint
                 self.file.touch()
-                os.truncate(self.file, min(state.logged, self.file.stat().st_size))
+                kept = self.file.read_bytes()[: state.logged]
+                with atomic(self.file) as aside:
+                    aside.write_bytes(kept[: kept.rfind(b"\n") + 1])  # a power cut may split a line
 
     def write(self, kind, step, figures, picture=None):
         """Writes figures of kind "train" or "probe". All ranks must call it."""
@@ -1376,7 +1382,8 @@ def longest_caption(config, base, rows):
     tokens = most = config.max_sequence_length
     longest = sorted(texts, key=len)[-1000:]
     if len(longest[-1]) < 8 * most:  # others surely have the most, and would take a minute
-        tokenizer = transformers.AutoTokenizer.from_pretrained(base / "tokenizer")
+        with explained(f"{base}/tokenizer"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(base / "tokenizer")
         tokens = max(map(len, tokenizer(longest)["input_ids"]))
     return 16 * math.ceil(min(tokens, most) / 16)
 
@@ -1515,11 +1522,14 @@ def atomic(file):
 
 
 def weight_files(folder, stem):
-    """The safetensors files of a model. Raises OSError where one is missing."""
+    """The safetensors files of a model. Fails where one is missing or cut."""
     files = {folder / f"{stem}.safetensors"}
     for index in folder.glob(f"{stem}.safetensors.index.json"):
         files = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
-    return [file for file in files if file.stat()]
+    for file in files:
+        with explained(file, OSError, SafetensorError), safe_open(file, "pt"):
+            pass
+    return files
 
 
 def check_values(file, values):
@@ -1670,10 +1680,11 @@ def run(config):
     encoded = encode(config, base, rows, device)
     identity["training data"] = f"{len(encoded.train)} rows, digest {digest(*encoded.train)}"
     check_same_run(manifest, identity)
-    require(encoded.train, "there are no rows to train on")
 
     # Train.
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    if checkpoint and config.transformer:
+        say(f"--transformer has no effect: the run continues from {checkpoint}")
     start_from = checkpoint / "transformer" if checkpoint else start_from
     transformer = load_transformer(start_from, dtype, device)
     recompute(transformer, config.recompute, config.compile)

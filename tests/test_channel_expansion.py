@@ -1,5 +1,7 @@
 """The widened model is the base until it learns, and stays a plain CogView4Transformer2DModel."""
 
+import os
+
 import pytest
 import torch
 from diffusers import CogView4Transformer2DModel
@@ -67,13 +69,16 @@ def test_what_is_saved_loads_with_diffusers_and_here(widened, tmp_path):
             assert same(loader(folder, torch.bfloat16).state_dict(), widened.state_dict())
 
 
-def test_a_missing_weight_is_an_error(widened, tmp_path):
+def test_weights_that_lack_or_are_cut_are_an_error(base, config, widened, tmp_path):
     widened.save_pretrained(tmp_path)
     state = widened.state_dict()
     del state["proj_out.bias"]
     save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
     with pytest.raises(RuntimeError, match="proj_out.bias"):
         load(tmp_path)
+    os.truncate(tmp_path / "diffusion_pytorch_model.safetensors", 5000)  # before anything is loaded
+    with pytest.raises(cv4ctrl.Failure, match="model.safetensors: SafetensorError"):
+        cv4ctrl.find_base(config(transformer=tmp_path))
 
 
 def test_a_transformer_given_by_itself_is_widened_once(base, config, tmp_path):

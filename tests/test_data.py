@@ -238,13 +238,6 @@ def test_pictures_in_a_zip_file_are_read_and_names_in_another_unicode_form_are_f
     assert wrongs(zipped, base) == ["", ""]
 
 
-def test_a_backup_beside_data_is_not_read(config, tmp_path):
-    parquet(tmp_path / "data" / "data", 2)
-    shutil.copy(tmp_path / "data" / "data.parquet", tmp_path / "data" / "data.parquet.bak")
-    with pytest.raises(cv4ctrl.Failure, match="data.parquet.bak for data"):
-        captions(config, tmp_path / "data")
-
-
 def test_what_is_odd_about_rows_is_counted_over_all_and_told_once(config, base, device, capsys, tmp_path):
     """The shape is that after rotation as the camera meant it; a few pixels of padding do not matter."""
 
@@ -278,6 +271,10 @@ def test_folders_that_are_named_after_splits_only_in_part_are_refused(config, tm
     some = ", ".join(f"{tmp_path}/photos/portraits/{name}" for name in ("0-control.png", "0.png", "1-control.png"))
     with pytest.raises(cv4ctrl.Failure, match=f"4 files are in no split, such as {some}: give"):
         captions(config, tmp_path / "photos")
+    parquet(tmp_path / "backup" / "data", 2)
+    shutil.copy(tmp_path / "backup" / "data.parquet", tmp_path / "backup" / "data.parquet.bak")
+    with pytest.raises(cv4ctrl.Failure, match="data.parquet.bak for data"):
+        captions(config, tmp_path / "backup")
     for name in ("train", "test", "more"):
         parquet(tmp_path / "data" / name, 2)
     card = tmp_path / "data" / "README.md"

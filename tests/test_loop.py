@@ -107,7 +107,7 @@ def test_a_killed_run_goes_on_bitwise_under_torchrun_and_deepspeed(name, launche
     run = shutil.copytree(trained(name), tmp_path / "run")
     shutil.rmtree(run / "checkpoint-6")
     with open(run / "metrics.jsonl", "a") as file:
-        file.write('{"step": 7, "lo')
+        file.write('{"step": 7, "lo')  # and where a power cut has split a line, the rows before it stay
     (run / ".checkpoint-5.tmp" / "state").mkdir(parents=True)
     argv = flags(run, **SIX | (SHIPPED | {"recompute": "some"} if name == "shipped" else {}))  # all, until then
     words = command(launcher, cv4ctrl.__file__, argv)
