@@ -115,7 +115,7 @@ class Config:
 
     # Model
     pretrained_model_name_or_path: str = flag("THUDM/CogView4-6B", "base: hub name or folder")
-    transformer: str | None = flag(None, "folder of one to start from, widened or not")
+    transformer: str | None = flag(None, "transformer folder to start from, widened or not")
     mixed_precision: Literal["bf16", "no"] = flag(
         "bf16", "no means fp32; fp16 and fp8 are not supported", kept=True
     )
@@ -162,7 +162,7 @@ class Config:
     num_validation_images: int = flag(1, "pictures drawn for each case; 0: none", least=0)
     num_inference_steps: int = flag(50, "Euler steps of a picture")
     guidance_scale: float = flag(3.5, "guidance of a picture; 1 or less: off")
-    probe_samples: int = flag(32, "rows that are held out, at most a tenth of all", least=0)
+    probe_samples: int = flag(32, "rows that are held out, at most a tenth", least=0, kept=True)
 
     # Run
     output_dir: str = flag("pose-control", "folder of the run")
@@ -231,8 +231,8 @@ def resolve(config, world):
     micro = config.train_batch_size * world
     total = config.total_batch_size or micro * asked
     fits = total % micro == 0 and asked in (1, total // micro)
-    product = f"batch size x ranks ({micro}) x accumulation ({asked})"
-    require(fits, f"--total_batch_size {total}: must be {product}")
+    product = f"batch size x ranks ({micro}), if given times the accumulation ({asked})"
+    require(fits, f"--total_batch_size {total}: must be a multiple of {product}")
     filled = {"total_batch_size": total, "gradient_accumulation_steps": total // micro}
     filled["encoded_dir"] = config.encoded_dir or f"{config.output_dir}/encoded"
     if config.gradient_checkpointing:
@@ -471,7 +471,7 @@ def refuse_forgotten_files(folder):
     present = {root / name for name in names if "/__" not in f"/{name}"}
     left = sorted(str(file) for file in present - taken if file.suffix in kinds)
     odd = [str(file) for file in taken if kinds & set(file.suffixes[:-1])]  # data.parquet.bak
-    require(not odd, f"would take {', '.join(odd[:3])} for data: move what is none away")
+    require(not odd, f"would take {', '.join(odd[:3])} for data: move other files away")
     some = f"{len(left)} files are in no split, such as {', '.join(left[:3])}"
     require(not left, f"{some}: give the folder of a split, or rename what has a split's name")
 
@@ -587,7 +587,7 @@ def decode_picture(content, use, side):
 
 # === data: encode once ===
 # VAE and text encoder see each picture and caption once, before the transformer is loaded. A file
-# of the cache is named by its key, a digest of all that it depends on: so none is ever stale.
+# of the cache is named by its key, a digest of what it depends on (of a detector: its name alone).
 
 
 @dataclass(frozen=True)
@@ -1370,7 +1370,7 @@ def fit_engine(config, settings, transformer, cards, tokens):
 
 
 def longest_caption(config, base, rows):
-    """Tokens of the longest of the thousand captions of most characters, in sixteens."""
+    """Tokens of the longest of the thousand captions with most bytes, in sixteens."""
     column = config.caption_column
     skipped = [Failure] if config.skip_bad_rows else []
     cells, texts = [], [""]
@@ -1380,7 +1380,7 @@ def longest_caption(config, base, rows):
         with suppress(*skipped), explained(f"row {index}, {column}"):
             texts.append(caption_of(cell))
     tokens = most = config.max_sequence_length
-    longest = sorted(texts, key=len)[-1000:]
+    longest = sorted(texts, key=lambda text: len(text.encode()))[-1000:]
     if len(longest[-1]) < 8 * most:  # others surely have the most, and would take a minute
         with explained(f"{base}/tokenizer"):
             tokenizer = transformers.AutoTokenizer.from_pretrained(base / "tokenizer")
@@ -1580,7 +1580,7 @@ def check_machine(config, settings, transformer, cards, memory):
             load_detector(config.control)
 
 
-def lock_folders(config):
+def lock_folders(config, manifest):
     """Makes the folders; rank 0 locks output_dir -> the open lock, or None."""
     folder = Path(config.output_dir)
     for path in (config.encoded_dir, folder):
@@ -1596,6 +1596,8 @@ def lock_folders(config):
         raise Failure(f"--output_dir {folder} is in use by another run")
     except OSError as error:  # some file systems have no locks
         say(f"cannot lock --output_dir {folder}: {error}; let no other run use it")
+    saved_since = find_checkpoint(folder)[1] != manifest  # by a run that was still ending
+    require(not saved_since, f"another run has just saved in {folder}: start again", 1)
     for left in folder.glob(".checkpoint-*.tmp"):  # of a run that was killed
         shutil.rmtree(left)
     return lock
@@ -1640,16 +1642,16 @@ def leave_weights(folder):
     with fail_together():
         if RANK == 0:
             checkpoint, _ = find_checkpoint(folder)
-            for old in folder.glob("diffusion_pytorch_model*"):  # among them shards and their index
-                old.unlink()
             for file in (checkpoint / "transformer").iterdir():
                 with atomic(folder / file.name) as aside:
                     shutil.copyfile(file, aside)
+            for old in folder.glob("diffusion_pytorch_model*"):  # shards and their index
+                if not (checkpoint / "transformer" / old.name).exists():
+                    old.unlink()
             print(f"done: weights and pictures in {folder}")
 
 
 def run(config):
-    """The story of a run."""
     # Check what can be checked, and decide what is left to decide.
     check(config)
     cards = cards_of()
@@ -1672,7 +1674,7 @@ def run(config):
         return
 
     # Prepare.
-    _lock = lock_folders(config)  # held until the end
+    _lock = lock_folders(config, manifest)  # held until the end
     device = start_ranks(1.5 * config.timeout_minutes)  # the watch of train() is faster
     check_agreement(config, settings, manifest)
 
@@ -1686,7 +1688,8 @@ def run(config):
     if checkpoint and config.transformer:
         say(f"--transformer has no effect: the run continues from {checkpoint}")
     start_from = checkpoint / "transformer" if checkpoint else start_from
-    transformer = load_transformer(start_from, dtype, device)
+    with fail_together():
+        transformer = load_transformer(start_from, dtype, device)
     recompute(transformer, config.recompute, config.compile)
     engine = start_engine(config, settings, transformer, checkpoint, state)
     describe_run(config, settings, cards)

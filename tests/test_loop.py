@@ -194,7 +194,7 @@ def test_another_sample_stream_is_refused_by_name(change, copy, flags, refused, 
         change = {flag: tiny.write_parquet(tmp_path / "data", rows)}
     before = sorted(copy.rglob("*"))
     line = refused(flags(copy, **SIX | change), progress=True)
-    assert ("training data" if flag in ("probe_samples", "dataset_name") else flag) + " was " in line
+    assert ("training data" if flag == "dataset_name" else flag) + " was " in line
     assert sorted(copy.rglob("*")) == before
 
 
