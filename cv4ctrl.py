@@ -213,7 +213,7 @@ def check(config):
 
 
 def validation_cases(config):
-    """[(control picture, caption)] of the flags: n to n, 1 to n, n to 1."""
+    """[(control picture, caption)] of the flags: n to n, 1 to n, n to 1. Reads the pictures."""
     images, prompts = config.validation_image or [], config.validation_prompt or []
     for image in images:
         with explained(f"--validation_image {image}"):
@@ -328,7 +328,7 @@ def recompute(transformer, choice, compiled=False):
     policies = activation_checkpoint.CheckpointPolicy
 
     def policy(context, operator, *args, **kwargs):
-        # The outputs of attention, whatever the kernel, and of products: bias + x @ weight.T.
+        # Attention, whatever the kernel; addmm(bias, x, weight.T), whose args[2] is (in, out).
         keep = operator.name().startswith("aten::_scaled_dot_product_")
         if operator is torch.ops.aten.addmm.default:
             inputs, outputs = args[2].shape
@@ -345,7 +345,7 @@ def recompute(transformer, choice, compiled=False):
             return block(*inputs)
         return activation_checkpoint.checkpoint(block, *inputs, **options)
 
-    if compiled:  # with the checkpoint, whose policy would not see what is inside compiled blocks
+    if compiled:  # block and checkpoint together: no policy sees inside a compiled block
         torch._dynamo.config.recompile_limit = 64  # one for each grouping of caption lengths
         run_block = torch.compile(run_block)
     if compiled or choice != "none":
@@ -477,7 +477,7 @@ def refuse_forgotten_files(folder):
 
 
 def read_json_lines(file):
-    """Rows of a file of JSON lines. What is not UTF-8 becomes surrogates, which no caption has."""
+    """Rows of a file. Bytes that are not UTF-8 become surrogates, which caption_of refuses."""
     rows = []
     with open(file, encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, 1):
@@ -622,7 +622,7 @@ class Encoded:
 
 
 def fingerprint(folder):
-    """Digest of an encoder: names, sizes and samples of its files, which have 19 GB."""
+    """Digest of an encoder's folder: names, sizes and samples of its files (19 GB in all)."""
     parts = []
     for file in sorted(filter(Path.is_file, folder.iterdir())):
         size = file.stat().st_size
@@ -635,9 +635,9 @@ def fingerprint(folder):
 
 
 class Reader:
-    """Reads rows, then validation cases, and decodes what of them the cache lacks.
+    """Reads rows, then validation cases, and decodes what the cache lacks.
 
-    With each entry the cache keeps facts: [tokens] of a caption, those of decode_picture.
+    Facts of an entry: [tokens] of a caption, [width, height, largest value] of a picture.
     """
 
     def __init__(self, config, base, rows):
@@ -873,7 +873,7 @@ class Stream:
 def collate(samples, device):
     """Samples -> micro-batch: stacked tensors, and a list of prompts, as lengths differ."""
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # of this thread, for pinning
+        torch.cuda.set_device(device)  # a new thread starts on GPU 0, and would pin there
 
     def move(tensor):  # from pinned memory: nobody waits for the copy
         pinned = tensor.pin_memory() if device.type == "cuda" else tensor
@@ -1105,8 +1105,8 @@ def save_checkpoint(engine, config, state, identity):
             engine.module.save_pretrained(aside / "transformer", max_shard_size="100GB")
             files = list(aside.glob("*/*"))
             sizes = {str(file.relative_to(aside)): file.stat().st_size for file in files}
-            with suppress(PermissionError):  # some file systems know none
-                for file in files:  # which safetensors makes for their owner alone
+            with suppress(PermissionError):  # of file systems without permissions
+                for file in files:  # safetensors makes them readable by their owner only
                     file.chmod(aside.stat().st_mode & 0o666)
             state = replace(state, logged=(folder.parent / "metrics.jsonl").stat().st_size)
             manifest = asdict(state) | {"identity": identity, "files": sizes}
@@ -1137,7 +1137,7 @@ def whole_manifest(folder):
 
 
 def find_checkpoint(output_dir):
-    """(newest checkpoint with all files in their sizes, its manifest), or (None, {})."""
+    """(newest intact checkpoint, its manifest), or (None, {})."""
     present = checkpoints(Path(output_dir)).values()
     for folder in reversed(present):
         if manifest := whole_manifest(folder):
@@ -1156,8 +1156,8 @@ def check_same_run(manifest, identity):
 
 
 # === the loop ===
-# After each micro-batch, and within an evaluation, the ranks ask each other for signals: launchers
-# kill 30 seconds after SIGTERM, and what is not saved by then is lost back to the last checkpoint.
+# After each micro-batch, and between the pictures of an evaluation, the ranks ask each other for
+# signals: launchers kill 30 seconds after SIGTERM, and what is not saved by then is lost.
 
 stop_requests = []  # signals that came to this rank
 
@@ -1381,7 +1381,7 @@ def longest_caption(config, base, rows):
             texts.append(caption_of(cell))
     tokens = most = config.max_sequence_length
     longest = sorted(texts, key=lambda text: len(text.encode()))[-1000:]
-    if len(longest[-1]) < 8 * most:  # others surely have the most, and would take a minute
+    if len(longest[-1]) < 8 * most:  # longer ones are surely cut, and slow to tokenise
         with explained(f"{base}/tokenizer"):
             tokenizer = transformers.AutoTokenizer.from_pretrained(base / "tokenizer")
         tokens = max(map(len, tokenizer(longest)["input_ids"]))
@@ -1451,7 +1451,7 @@ def explained(what, *kinds, code=2):
 
 
 class Unbroken:
-    """A stream that leads to nothing once its reader has ended, as `tee` does at Ctrl-C."""
+    """A stream that goes to /dev/null once its reader has ended, as `tee` does at Ctrl-C."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -1596,8 +1596,9 @@ def lock_folders(config, manifest):
         raise Failure(f"--output_dir {folder} is in use by another run")
     except OSError as error:  # some file systems have no locks
         say(f"cannot lock --output_dir {folder}: {error}; let no other run use it")
-    saved_since = find_checkpoint(folder)[1] != manifest  # by a run that was still ending
-    require(not saved_since, f"another run has just saved in {folder}: start again", 1)
+    steps = [step for step, one in checkpoints(folder).items() if whole_manifest(one)]
+    newer = max(steps, default=0) > manifest.get("step", 0)  # of a run that was still ending
+    require(not newer, f"another run has just saved in {folder}: start again", 1)
     for left in folder.glob(".checkpoint-*.tmp"):  # of a run that was killed
         shutil.rmtree(left)
     return lock
