@@ -124,7 +124,7 @@ def meet_signal(argv, function, training, call, rank, number):
     main_with(argv, **{function: counted})
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_signal_ends_the_run_at_once_and_loses_no_whole_step(world, run, words, encoded, tmp_path):
     """To any rank, in mid-step, in an evaluation, while it encodes. All ranks end with 75 before the next micro-batch,
     probe or picture, after saving the last whole step, once. The same command then does what an undisturbed one does.
