@@ -50,7 +50,6 @@ from typing import Literal
 import datasets
 import deepspeed
 import diffusers
-import fsspec
 import huggingface_hub
 import torch
 import torch.distributed as dist
@@ -187,6 +186,7 @@ class FlagParser(transformers.HfArgumentParser):
 
 
 def parse(argv=None):
+    """Command line -> Config."""
     parser = FlagParser(Config, prog="cv4ctrl.py", allow_abbrev=False)
     parser.add_argument("--local_rank", help="set by the deepspeed launcher")
     config, _, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
@@ -283,7 +283,7 @@ def load_transformer(folder, dtype, device):
 class PrefixAttention:
     """Attention for captions of several lengths: exact, and without a mask.
 
-    Tokens come in the order image, caption, padding, which is free since captions carry no position.
+    Tokens come in the order image, caption, padding, which is free: captions carry no position.
     So a sample's own tokens are a prefix, and neighbours with equal lengths attend together, on a
     slice. Every kernel takes that; flash attention takes no mask.
     """
@@ -531,9 +531,6 @@ def content_of(cell, folder):
     if content and isinstance(content, bytes):
         return content, path
     require(path and isinstance(path, str), f"no picture, but {cell!r:.50}")
-    if path.startswith("zip://") and path.rpartition("::")[2].startswith("/"):  # of `datasets`
-        with fsspec.open(path) as stream:
-            return stream.read(), path
     forms = [path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD"))]
     files = [folder / form for form in forms if (folder / form).is_file()]
     require(files, f"no such file: {path:.100}")
@@ -1653,7 +1650,7 @@ def leave_weights(folder):
 
 
 def run(config):
-    # Check what can be checked, and decide what is left to decide.
+    """The story of a run. It begins with what can be checked, and what is left to decide."""
     check(config)
     cards = cards_of()
     config = resolve(config, cards.number)

@@ -223,19 +223,12 @@ def test_lines_that_are_no_json_objects_are_told_with_their_number(line, flags, 
     assert said.startswith(f"cv4ctrl.py: data set {tmp_path}/rows.jsonl: line 3, where one JSON object is expected")
 
 
-def test_pictures_in_a_zip_file_are_read_and_names_in_another_unicode_form_are_found(config, base, tmp_path):
+def test_names_in_another_unicode_form_are_found(config, base, tmp_path):
     picture_folder(tmp_path / "pictures")
     (tmp_path / "pictures" / "0-control.png").rename(tmp_path / "pictures" / "cafe\u0301.png")  # as macOS writes it
     metadata = tmp_path / "pictures" / "metadata.jsonl"
     metadata.write_text(metadata.read_text().replace("0-control.png", "caf\u00e9.png"))
     assert wrongs(config(dataset_name=tmp_path / "pictures"), base) == ["", ""]
-    metadata.write_text(
-        metadata.read_text().replace("caf\u00e9", "cafe\u0301").replace("conditioning_image", "control_file_name")
-    )
-    (tmp_path / "zipped").mkdir()
-    shutil.make_archive(tmp_path / "zipped" / "all", "zip", tmp_path / "pictures")
-    zipped = config(dataset_name=tmp_path / "zipped", conditioning_image_column="control")
-    assert wrongs(zipped, base) == ["", ""]
 
 
 def test_what_is_odd_about_rows_is_counted_over_all_and_told_once(config, base, device, capsys, tmp_path):
