@@ -37,6 +37,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 import unicodedata
 from collections import Counter, namedtuple
@@ -75,22 +76,21 @@ LATENT_CHANNELS = 16
 PIXELS_PER_LATENT = 8
 PIXELS_PER_TOKEN = 16  # a token is a patch of 2 x 2 latents
 
-COGVIEW4 = {  # config file -> values; 32 channels are those of a widened model
-    "scheduler/scheduler_config.json": {
-        "num_train_timesteps": TIMESTEPS,
-        "use_dynamic_shifting": True,
-        "time_shift_type": "linear",
-        "shift": 1.0,
-        "base_shift": BASE_SHIFT,
-        "max_shift": MAX_SHIFT,
-        "base_image_seq_len": BASE_TOKENS,
-    },
-    "vae/config.json": {"latent_channels": 16, "scaling_factor": 1.0, "shift_factor": 0.0},
-    "transformer/config.json": {"in_channels": (16, 32), "out_channels": 16, "patch_size": 2},
+SCHEDULER = {
+    "num_train_timesteps": TIMESTEPS,
+    "use_dynamic_shifting": True,
+    "time_shift_type": "linear",
+    "shift": 1.0,
+    "base_shift": BASE_SHIFT,
+    "max_shift": MAX_SHIFT,
+    "base_image_seq_len": BASE_TOKENS,
 }
+VAE = {"latent_channels": 16, "scaling_factor": 1.0, "shift_factor": 0.0}
+TRANSFORMER = {"in_channels": (16, 32), "out_channels": 16, "patch_size": 2}  # 32: widened already
 
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+os.environ["PATH"] += f":{Path(sys.executable).parent}"  # of ninja, which DeepSpeed calls by name
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # else captions of many lengths fragment the memory
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
@@ -200,12 +200,12 @@ def check(config):
     for one in fields(config):
         value, limits = getattr(config, one.name), one.metadata
         says = f"--{one.name} {value}: must be"
-        require(value not in ("", []), f"{says} given")
+        require(value != "", f"{says} given")
         if type(value) in (int, float):
             least = limits.get("least", 1 if type(value) is int else 0)
             most = limits.get("most", 2**63 - 1)
-            step = limits.get("multiple_of", value or 1)
             require(least <= value <= most, f"{says} from {least} to {most}")
+            step = limits.get("multiple_of", value or 1)
             require(value % step == 0, f"{says} a multiple of {step}")
     one = not config.jsonl_for_train or config.dataset_name == Config.dataset_name
     require(one, "--dataset_name and --jsonl_for_train: give one of them")
@@ -217,8 +217,7 @@ def validation_cases(config):
     images, prompts = config.validation_image or [], config.validation_prompt or []
     for image in images:
         with explained(f"--validation_image {image}"):
-            use = "column" if config.control == "column" else "target"  # no detector yet
-            decode_picture(Path(image).read_bytes(), use, config.resolution)
+            decode_picture(Path(image).read_bytes(), "target", config.resolution)
     count = max(len(images), len(prompts))
     fit = {len(images), len(prompts)} <= {1, count}
     require(fit, "--validation_image, --validation_prompt: give as many of both, or one of either")
@@ -227,13 +226,13 @@ def validation_cases(config):
 
 def resolve(config, world):
     """Fills in what follows from other flags, for `world` ranks."""
-    asked = config.gradient_accumulation_steps
     micro = config.train_batch_size * world
-    total = config.total_batch_size or micro * asked
-    fits = total % micro == 0 and asked in (1, total // micro)
-    product = f"batch size x ranks ({micro}), if given times the accumulation ({asked})"
-    require(fits, f"--total_batch_size {total}: must be a multiple of {product}")
-    filled = {"total_batch_size": total, "gradient_accumulation_steps": total // micro}
+    total = config.total_batch_size or micro * config.gradient_accumulation_steps
+    accumulation = total // micro
+    fits = total % micro == 0 and config.gradient_accumulation_steps in (1, accumulation)
+    says = f"--total_batch_size {total}: must be a multiple of batch size x ranks = {micro}"
+    require(fits, f"{says}, or that times --gradient_accumulation_steps")
+    filled = {"total_batch_size": total, "gradient_accumulation_steps": accumulation}
     filled["encoded_dir"] = config.encoded_dir or f"{config.output_dir}/encoded"
     if config.gradient_checkpointing:
         filled["recompute"] = "all"
@@ -440,22 +439,23 @@ def euler_sample(model, noise, control, prompt, empty, steps, guidance):
 # see it, or named with what is wrong with it.
 
 
-def load_splits(name, config_name):
-    """Loads a data set -> {split: rows}."""
-    path = Path(name)
-    if (path / "dataset_dict.json").exists():  # of save_to_disk
-        return datasets.load_from_disk(name)
-    if (path / "state.json").exists():
-        return {"train": datasets.load_from_disk(name)}
+def load_splits(config):
+    """Loads the data set -> {split: rows}."""
+    name = config.jsonl_for_train or config.dataset_name
+    path = Path(name).absolute()  # a folder named json is no format
     if not path.exists():
-        return datasets.load_dataset(name, config_name)
-    name = os.path.abspath(name)  # a folder named json is no format
-    require(not glob.has_magic(name), "rename the path: * ? [ stand for other names")
+        return datasets.load_dataset(name, config.dataset_config_name)  # of the hub
+    require(not glob.has_magic(str(path)), "rename the path: * ? [ stand for other names")
     if path.is_file():
-        return datasets.load_dataset("parquet", data_files=name)
-    if not config_name:
-        refuse_forgotten_files(Path(name))
-    return datasets.load_dataset(name, config_name)
+        kind = "json" if config.jsonl_for_train else "parquet"
+        return datasets.load_dataset(kind, data_files=str(path))
+    if (path / "state.json").exists():  # of save_to_disk
+        return {"train": datasets.load_from_disk(path)}
+    if (path / "dataset_dict.json").exists():
+        return datasets.load_from_disk(path)
+    if not config.dataset_config_name:
+        refuse_forgotten_files(path)
+    return datasets.load_dataset(str(path), config.dataset_config_name)
 
 
 def refuse_forgotten_files(folder):
@@ -476,58 +476,41 @@ def refuse_forgotten_files(folder):
     require(not left, f"{some}: give the folder of a split, or rename what has a split's name")
 
 
-def read_json_lines(file):
-    """Rows of a file. Bytes that are not UTF-8 become surrogates, which caption_of refuses."""
-    rows = []
-    with open(file, encoding="utf-8-sig", errors="surrogateescape") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                with explained(f"line {number}, where one JSON object is expected"):
-                    row = json.loads(line)
-                    require(isinstance(row, dict), f"not {line:.50}")
-                    rows.append(row)
-    return rows
-
-
 def open_dataset(config):
     """Opens the data set: rows[i] is a dict, its pictures bytes or paths."""
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # we say it in one line
     name = config.jsonl_for_train or config.dataset_name
     needed = {config.image_column, config.conditioning_image_column, config.caption_column}
-    with explained(f"data set {name}", OSError, ValueError, datasets.exceptions.DatasetsError):
-        if config.jsonl_for_train:
-            rows = read_json_lines(name)
-            columns = set().union(*rows)
-        else:
-            splits = load_splits(name, config.dataset_config_name)
-            split = next(iter(splits)) if len(splits) == 1 else "train"
-            require(split in splits, f"has no split train, but {', '.join(map(str, splits))}")
-            if others := ", ".join(str(other) for other in splits if other != split):
-                say(f"data set {name}: taking split train, not {others}")
-            rows = splits[split].with_format(None)
-            columns = set(rows.column_names)
-            for column in needed & columns:
-                if isinstance(rows.features[column], datasets.Image):
-                    rows = rows.cast_column(column, datasets.Image(decode=False))
-        lacking = ", ".join(needed - columns)
+    kinds = OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError
+    with explained(f"data set {name}", *kinds):
+        splits = load_splits(config)
+        split = next(iter(splits)) if len(splits) == 1 else "train"
+        require(split in splits, f"has no split train, but {', '.join(map(str, splits))}")
+        rows = splits[split].with_format(None)
+        lacking = ", ".join(needed - set(rows.column_names))
         require(len(rows) > 0, "is empty")
-        require(not lacking, f"has no column {lacking}, but {', '.join(sorted(columns))}")
-    return rows if config.jsonl_for_train else rows.select_columns(list(needed))  # reads no others
+        require(not lacking, f"has no column {lacking}, but {', '.join(rows.column_names)}")
+    if others := ", ".join(str(other) for other in splits if other != split):
+        say(f"data set {name}: taking split train, not {others}")
+    rows = rows.select_columns(list(needed))
+    for column, kind in rows.features.items():
+        if isinstance(kind, datasets.Image):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+    return rows
 
 
 def caption_of(cell):
     """The text of a caption, without white space around it. Fails where it is none."""
     require(isinstance(cell, str), f"a caption is a string, not {cell!r:.50}")
-    cell.encode()  # a ValueError for what was not UTF-8
     return cell.strip()
 
 
 def content_of(cell, folder):
     """(bytes of a picture, its path or ""), from a cell with either; a path in a folder."""
-    if isinstance(cell, dict):  # as `datasets` gives pictures
-        content, path = cell.get("bytes"), cell.get("path") or ""
-    else:
-        content, path = cell, cell if isinstance(cell, str) else ""
+    if not isinstance(cell, dict):  # as `datasets` gives pictures
+        cell = {"bytes" if isinstance(cell, bytes) else "path": cell}
+    content, path = cell.get("bytes"), cell.get("path") or ""
     if content and isinstance(content, bytes):
         return content, path
     require(path and isinstance(path, str), f"no picture, but {cell!r:.50}")
@@ -550,22 +533,18 @@ def load_detector(name):
 def decode_picture(content, use, side):
     """A picture file -> (pixels (1, 3, side, side) in -1 ... 1, [width, height, largest value]).
 
-    use: "target", "column" for a finished control, or the detector that makes it.
+    use: "target", "column" for a finished control, or the name of the detector that makes it.
     """
     damage = f"no readable picture, it begins with {content[:12]}"
     with explained(damage, Exception):  # decoders raise what they like
         image = Image.open(io.BytesIO(content))
-    deep = image.mode[0] in "IF" or ";16" in str(image.tile)  # Pillow reads some of them as RGB
-    require(not deep, "more than 8 bits a channel, which inference cuts: scale them to 0 ... 255")
-    with explained(damage, Exception):
-        image = ImageOps.exif_transpose(image)
+        deep = image.mode[0] in "IF" or ";16" in str(image.tile)  # Pillow reads some as RGB
+        image = None if deep else ImageOps.exif_transpose(image)
+    require(image, "more than 8 bits a channel, which inference cuts: scale them to 0 ... 255")
     size, profile = image.size, image.info.get("icc_profile")
-    if image.has_transparency_data:
+    if use != "column" and image.has_transparency_data:  # inference drops that of controls
         image = image.convert("RGBA")
-        least, most = image.getextrema()[3]
-        require(most > 0, "transparent everywhere")
-        opaque = use != "column" or least == 255
-        require(opaque, "transparent pixels, which inference does not see: flatten the picture")
+        require(image.getextrema()[3][1] > 0, "transparent everywhere")
         image = Image.alpha_composite(Image.new("RGBA", size, "white"), image)
     if use == "target" and profile:  # inference ignores those of controls
         image = image if image.mode in ("L", "CMYK") else image.convert("RGB")
@@ -589,10 +568,10 @@ def decode_picture(content, use, side):
 
 @dataclass(frozen=True)
 class Row:
-    """A usable row, by keys of the cache. A validation case has no target."""
+    """A usable row, by keys of the cache."""
 
     index: int
-    image_key: str | None
+    image_key: str
     control_key: str
     caption_key: str
     tokens: int = 0  # of the caption
@@ -606,7 +585,7 @@ class Encoded:
     empty_key: str  # of the caption ""
     train: list[Row]
     held_out: list[Row]
-    cases: list[Row]  # of --validation_image
+    cases: list[Row]  # of --validation_image: without index and image
 
     def entry(self, key):
         """Prompt embedding (T, 4096) or posterior moments (32, h, w), bf16."""
@@ -619,155 +598,138 @@ class Encoded:
 
 
 def fingerprint(folder):
-    """Digest of an encoder's folder: names, sizes and samples of its files (19 GB in all)."""
+    """Digest of an encoder's folder: name, size and first MB of each file (19 GB in all)."""
     parts = []
     for file in sorted(filter(Path.is_file, folder.iterdir())):
-        size = file.stat().st_size
-        parts += [file.name, size]
         with open(file, "rb") as stream:
-            for position in range(0, size, max(2**20, size // 16)):
-                stream.seek(position)
-                parts.append(hashlib.sha256(stream.read(2**20)).hexdigest())
+            parts += [file.name, file.stat().st_size, hashlib.sha256(stream.read(2**20)).digest()]
     return digest(*parts)
 
 
-class Reader:
-    """Reads rows, then validation cases, and decodes what the cache lacks.
+def load_encoders(base, device, **parts):
+    """The base's pipeline in bf16, without transformer and those parts that are given as None."""
+    options = dict(transformer=None, dtype=torch.bfloat16, use_safetensors=True)
+    options |= dict(low_cpu_mem_usage=False) | parts  # that would need accelerate
+    return diffusers.CogView4ControlPipeline.from_pretrained(base, **options).to(device)
 
-    Facts of an entry: [tokens] of a caption, [width, height, largest value] of a picture.
+
+class Cache:
+    """Encodes what it lacks. A file holds an entry and facts about it.
+
+    These are [tokens] of a caption, [width, height, largest value] of a picture.
     """
 
-    def __init__(self, config, base, rows):
-        self.config, self.rows = config, rows
-        self.cases = validation_cases(config)
+    def __init__(self, config, base, device):
+        self.config, self.base, self.device = config, base, device
         source = Path(config.jsonl_for_train or config.dataset_name)
         self.folder = source if source.is_dir() else source.parent  # paths are relative to it
         vae, *text = (fingerprint(base / part) for part in ("vae", "text_encoder", "tokenizer"))
-        version = 3  # of decode_picture, or the cache would serve old pixels
+        version = 4  # of decode_picture, or the cache would serve old pixels
         self.of_pictures = digest("pictures", version, vae, config.resolution)
         self.of_captions = digest("captions", *text, config.max_sequence_length)
-        self.empty_key = digest(self.of_captions, "")
+        self.encoders = None  # loaded when something is to be encoded
+        self.lock = threading.Lock()  # threads read at once, but encode one by one
 
     def file(self, key):
         return Path(self.config.encoded_dir, f"{key}.safetensors")
 
     def facts(self, key):
-        """Facts of a cached entry, or None where it is missing, or damaged by a copy, say."""
+        """Facts of an entry, or None where it is missing, or damaged by a copy, say."""
         try:
             with safe_open(self.file(key), "pt") as tensors:
                 return tensors.get_tensor("facts").tolist()
         except (OSError, SafetensorError):
             return None
 
+    def caption(self, cell):
+        """-> (key, tokens). Raises Failure."""
+        text = caption_of(cell)
+        key = digest(self.of_captions, text)
+        (tokens,) = self.facts(key) or self.encode(key, text)
+        return key, tokens
+
     def picture(self, cell, use):
-        """-> (key, bytes, facts, {key: (pixels, facts)} to encode)."""
+        """-> (key, bytes of the file, facts). Raises Failure."""
         content, path = content_of(cell, self.folder)
         key = digest(self.of_pictures, use, hashlib.sha256(content).hexdigest())
-        if facts := self.facts(key):
-            return key, content, facts, {}
-        with explained(path[-100:] or "bytes"):
-            pixels, facts = decode_picture(content, use, self.config.resolution)
-        return key, content, facts, {key: (pixels, facts)}
+        facts = self.facts(key)
+        if not facts:
+            with explained(path[-100:] or "bytes"):
+                decoded = decode_picture(content, use, self.config.resolution)
+            facts = self.encode(key, *decoded)
+        return key, content, facts
 
-    def read(self, index):
-        """-> (Row, remarks, {key: (caption or pixels, facts)} to encode). Raises Failure."""
-        config, name = self.config, f"row {index}"
-        text, column = config.caption_column, config.conditioning_image_column
-        case = index - len(self.rows)
-        if case < 0:
-            with explained(name):
-                cells = self.rows[index]
-        else:
-            name = "--validation_image"
-            cells = {column: os.path.abspath(self.cases[case][0]), text: self.cases[case][1]}
-        with explained(f"{name}, {text}"):
-            caption = caption_of(cells.get(text))
-        key = digest(self.of_captions, caption)
-        captions = {key: (caption, None), self.empty_key: ("", None)}
-        with explained(f"{name}, {column}"):
-            control_key, shown, facts, control = self.picture(cells.get(column), config.control)
-        if case >= 0:
-            return Row(case, None, control_key, key), [], captions | control
-        with explained(f"{name}, {config.image_column}"):
-            cell = cells.get(config.image_column)
-            image_key, target, (width, height, _), image = self.picture(cell, "target")
-        shape = width * facts[1] / (height * facts[0])
-        small = min(width, height) < config.resolution
-        remarks = {
-            f"the target is smaller than --resolution {config.resolution}": small,
-            "target and control differ in shape, and both become squares": not 0.95 < shape < 1.05,
-            "the control is the target": config.control == "column" and shown == target,
-            "the control is nearly black everywhere": facts[2] < 20,
-        }
-        remarks = [remark for remark, holds in remarks.items() if holds]
-        return Row(index, image_key, control_key, key), remarks, captions | image | control
-
-    def read_or_tell(self, index):
-        """The same; or (None, [what is wrong with the row], {})."""
-        try:
-            return self.read(index)
-        except Failure as failure:
-            return None, [str(failure)], {}
-
-
-def load_encoders(base, device, **parts):
-    """The base's pipeline in bf16, without transformer and those parts that are given as None."""
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    options = dict(transformer=None, dtype=torch.bfloat16, use_safetensors=True)
-    options |= dict(low_cpu_mem_usage=False) | parts  # that would need accelerate
-    return diffusers.CogView4ControlPipeline.from_pretrained(base, **options).to(device)
-
-
-@torch.no_grad()
-def encode_share(config, base, reader, device):
-    """Encodes what this rank's rows lack -> [(Row or None, remarks)]."""
-    encoders = None
-    found = []
-    share = range(RANK, len(reader.rows) + len(reader.cases), WORLD)
-    reading = prefetch(reader.read_or_tell, share, config.dataloader_num_workers)
-    for row, remarks, to_encode in tqdm(reading, "encoding", total=len(share), **BAR):
-        for key, (item, facts) in to_encode.items():
-            if reader.facts(key):  # since it was read
-                continue
-            encoders = encoders or load_encoders(base, device)
+    @torch.no_grad()
+    def encode(self, key, item, facts=None):
+        """Encodes a caption, or pixels with these facts -> facts."""
+        with self.lock:
+            if self.facts(key):  # another thread was faster
+                return self.facts(key)
+            self.encoders = self.encoders or load_encoders(self.base, self.device)
             if isinstance(item, str):  # one at a time: padding is attended to
-                length = config.max_sequence_length
-                entry = encoders.encode_prompt(item, None, False, max_sequence_length=length)[0]
+                most = self.config.max_sequence_length
+                entry, _ = self.encoders.encode_prompt(item, None, False, max_sequence_length=most)
                 facts = [entry.shape[1]]
             else:
-                pixels = item.to(device, encoders.vae.dtype)
-                entry = encoders.vae.encode(pixels).latent_dist.parameters
+                pixels = item.to(self.device, self.encoders.vae.dtype)
+                entry = self.encoders.vae.encode(pixels).latent_dist.parameters
             tensors = {"entry": entry[0].cpu().contiguous(), "facts": torch.tensor(facts)}
-            with atomic(reader.file(key)) as aside:
+            with atomic(self.file(key)) as aside:
                 aside.write_bytes(save(tensors))
-        row = row and replace(row, tokens=reader.facts(row.caption_key)[0])
-        found.append((row, remarks))
-        if stop_requests:
-            break
-    return found
+            return facts
+
+
+def read_row(cache, rows, index):
+    """-> (Row, remarks), or (None, [what is wrong with it])."""
+    config, cells = cache.config, rows[index]
+    try:
+        column = config.caption_column
+        with explained(f"row {index}, {column}", Failure):
+            caption_key, tokens = cache.caption(cells[column])
+        column = config.conditioning_image_column
+        with explained(f"row {index}, {column}", Failure):
+            control_key, control, facts = cache.picture(cells[column], config.control)
+        column = config.image_column
+        with explained(f"row {index}, {column}", Failure):
+            image_key, target, (width, height, _) = cache.picture(cells[column], "target")
+    except Failure as failure:
+        return None, [str(failure)]
+    remarks = []
+    if min(width, height) < config.resolution:
+        remarks.append(f"the target is smaller than --resolution {config.resolution}")
+    if not 0.95 < width * facts[1] / (height * facts[0]) < 1.05:
+        remarks.append("target and control differ in shape, and both become squares")
+    if config.control == "column" and control == target:
+        remarks.append("the control is the target")
+    if facts[2] < 20:
+        remarks.append("the control is nearly black everywhere")
+    return Row(index, image_key, control_key, caption_key, tokens), remarks
 
 
 def encode(config, base, rows, device):
     """Encodes what the cache lacks, on all ranks -> Encoded."""
     with fail_together():
-        reader = Reader(config, base, rows)
-        mine = encode_share(config, base, reader, device)
-    gc.collect()  # the encoders are freed before the transformer is loaded
+        cache = Cache(config, base, device)
+        empty_key, _ = cache.caption("")
+        cases = []
+        for image, prompt in validation_cases(config):
+            caption_key, tokens = cache.caption(prompt)
+            control_key, *_ = cache.picture(os.path.abspath(image), config.control)
+            cases.append(Row(None, None, control_key, caption_key, tokens))
+        share = range(RANK, len(rows), WORLD)
+        found = prefetch(partial(read_row, cache, rows), share, config.dataloader_num_workers)
+        found = tqdm(found, "encoding", total=len(share), **BAR)
+        found = list(itertools.takewhile(lambda one: not stop_requests, found))
+        cache.encoders = None  # freed before the transformer is loaded
+    gc.collect()
     torch.cuda.empty_cache()
     raise_if_stopped(device)
-    shares = all_gather_objects(mine)
-    count = len(rows)
-    found = [shares[i % WORLD][i // WORLD] for i in range(count + len(reader.cases))]
-    for case, remarks in found[count:]:
-        require(case, "".join(remarks))
-    tell_remarks(config, found[:count])
-    usable, cases = ([row for row, _ in part if row] for part in (found[:count], found[count:]))
-    train, held_out = hold_out(usable, config.probe_samples)
+    shares = all_gather_objects(found)
+    found = [shares[i % WORLD][i // WORLD] for i in range(len(rows))]
+    tell_remarks(config, found)
+    train, held_out = hold_out([row for row, _ in found if row], config.probe_samples)
     require(train, "there are no rows to train on")
-    if len(held_out) < min(2, config.probe_samples):
-        say("fewer than two rows can be held out: control_gain is not measured")
-    return Encoded(Path(config.encoded_dir), reader.empty_key, train, held_out, cases)
+    return Encoded(Path(config.encoded_dir), empty_key, train, held_out, cases)
 
 
 def tell_remarks(config, found):
@@ -848,13 +810,10 @@ class Stream:
         }
 
     def training_sample(self, k):
-        """Sample k, at one of the timesteps 1 ... 1000, which are evenly spread over neighbours.
-
-        Multiples of the golden ratio fill the unit interval evenly; here in units of 2 ** -64.
-        """
-        start = int(digest(self.config.seed, "timestep"), 16)
-        u = (start + k * 0x9E3779B97F4A7C15) % 2**64
-        return self.sample(self.row(k), TIMESTEPS - (u * TIMESTEPS >> 64), "noise", k)
+        """Sample k. Multiples of the golden ratio spread the timesteps 1 ... 1000 evenly."""
+        start = torch.rand((), generator=generator(self.config.seed, "timestep")).item()
+        u = (start + k * (5**0.5 - 1) / 2) % 1
+        return self.sample(self.row(k), TIMESTEPS - int(u * TIMESTEPS), "noise", k)
 
     def micro_batch(self, device, number):
         """Micro-batch `number` of this rank, see collate."""
@@ -869,16 +828,9 @@ class Stream:
 
 def collate(samples, device):
     """Samples -> micro-batch: stacked tensors, and a list of prompts, as lengths differ."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # a new thread starts on GPU 0, and would pin there
-
-    def move(tensor):  # from pinned memory: nobody waits for the copy
-        pinned = tensor.pin_memory() if device.type == "cuda" else tensor
-        return pinned.to(device, non_blocking=True)
-
     names = ("latents", "control", "noise", "timestep")
-    batch = {name: move(torch.stack([sample[name] for sample in samples])) for name in names}
-    return batch | {"prompts": [move(sample["prompt"]) for sample in samples]}
+    batch = {name: torch.stack([sample[name] for sample in samples]).to(device) for name in names}
+    return batch | {"prompts": [sample["prompt"].to(device) for sample in samples]}
 
 
 # === evaluation ===
@@ -922,34 +874,33 @@ def probe(model, stream):
 @torch.no_grad()
 def draw_pictures(model, stream, base, step):
     """Draws the user's cases and four held-out rows: control | generated ... | target -> file."""
-    config, encoded = stream.config, stream.encoded
-    cases = encoded.cases + (encoded.held_out or encoded.train)[:4]
+    config, encoded, device = stream.config, stream.encoded, model.device
     if config.num_validation_images == 0:
         return None
-    without = {"text_encoder": None, "tokenizer": None}
-    vae = load_encoders(base, model.device, **without).vae if RANK < len(cases) else None
+    rows = encoded.cases + (encoded.held_out or encoded.train)[:4]
+    vae = load_encoders(base, device, text_encoder=None, tokenizer=None).vae
+    options = config.num_inference_steps, config.guidance_scale
 
-    def draw(n):  # the band of case n, (1, 3, side, pictures x side)
-        control = encoded.latents(cases[n].control_key)[None].to(model.device)
-        keys = cases[n].caption_key, encoded.empty_key
-        prompts = [encoded.entry(key).to(model.device) for key in keys]
+    def draw(n):  # the band of row n, (1, 3, side, pictures x side)
+        control = encoded.latents(rows[n].control_key)[None].to(device)
+        keys = rows[n].caption_key, encoded.empty_key
+        prompts = [encoded.entry(key).to(device) for key in keys]
         latents = [control]
         for m in range(config.num_validation_images):
-            address = ("validation", n - len(encoded.cases), m)  # held-out rows from 0 on
-            noise = torch.randn(control.shape, generator=generator(config.seed, *address))
-            options = config.num_inference_steps, config.guidance_scale
-            latents.append(euler_sample(model, noise.to(model.device), control, *prompts, *options))
-        if cases[n].image_key:
-            latents.append(encoded.latents(cases[n].image_key)[None])
-        cells = [vae.decode(x.to(model.device, vae.dtype)).sample for x in latents]
-        blank = [] if cases[n].image_key else [torch.ones_like(cells[0])]
+            address = config.seed, "drawing", n - len(encoded.cases), m  # held-out rows from 0 on
+            noise = torch.randn(control.shape, generator=generator(*address))
+            latents.append(euler_sample(model, noise.to(device), control, *prompts, *options))
+        if rows[n].image_key:
+            latents.append(encoded.latents(rows[n].image_key)[None])
+        cells = [vae.decode(x.to(device, vae.dtype)).sample for x in latents]
+        blank = [] if rows[n].image_key else [torch.ones_like(cells[0])]
         return torch.cat(cells + blank, dim=3).cpu()
 
-    bands = spread(range(len(cases)), draw, "drawing", model.device)
+    bands = spread(range(len(rows)), draw, "drawing", device)
     file = Path(config.output_dir, "validation", f"step-{step}.png")
     with fail_together():
         if RANK == 0:
-            picture = torch.cat([bands[n] for n in range(len(cases))], dim=2)
+            picture = torch.cat([bands[n] for n in range(len(rows))], dim=2)
             with atomic(file) as aside:
                 VaeImageProcessor().postprocess(picture)[0].save(aside, "PNG")
     return file
@@ -959,26 +910,32 @@ def draw_pictures(model, stream, base, step):
 # DeepSpeed shards the optimizer (ZeRO-2). Its state is kept by parameter, so any number of ranks
 # continues. A checkpoint is written aside and renamed: it is there whole or not at all.
 
-ENGINE_CHOICES = {  # what ds_config.json may say instead of the shipped values
+ENGINE = {  # what ds_config.json must say, and the choice; only "auto" where a flag decides
+    "train_micro_batch_size_per_gpu": ["auto"],
+    "gradient_accumulation_steps": ["auto"],
+    "train_batch_size": ["auto"],
+    "gradient_clipping": ["auto"],
+    "bf16.enabled": ["auto"],
+    "data_types.grad_accum_dtype": ["fp32", "bf16"],
+    "communication_data_type": ["fp32", "bf16"],
     "zero_optimization.stage": [1, 2],
-    "zero_optimization.offload_optimizer.device": ["auto", "cpu", "none"],
+    "zero_optimization.overlap_comm": [True, False],
     # DeepSpeed 0.19.8 may free a larger gradient before it is sent (reduce_ipg_grads); the largest
     # weights of CogView4-6B have 4096 x 16384 numbers.
     "zero_optimization.reduce_bucket_size": range(4096 * 16384, 2**31),
     "zero_optimization.allgather_bucket_size": range(1, 2**31),
-    "data_types.grad_accum_dtype": ["fp32", "bf16"],
-    "communication_data_type": ["fp32", "bf16"],
+    "zero_optimization.offload_optimizer.device": ["auto", "cpu", "none"],
+    "zero_optimization.offload_optimizer.pin_memory": [True, False],
 }
 STATE = {"fp32": None, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}  # in files -> in DeepSpeed
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """Steps done, those without finite gradients, the last that was evaluated, bytes of the log."""
+    """Steps done, those of them without finite gradients, and bytes of metrics.jsonl."""
 
     step: int = 0
     skipped: int = 0
-    evaluated: int = -1
     logged: int = 0
 
 
@@ -986,29 +943,24 @@ def dotted(settings, prefix=""):
     """Nested settings -> {"zero_optimization.stage": 2, ...}."""
     names = {}
     for key, value in settings.items():
-        inner = isinstance(value, dict)
-        names.update(dotted(value, f"{prefix}{key}.") if inner else {prefix + key: value})
+        inner = value and isinstance(value, dict)
+        names |= dotted(value, f"{prefix}{key}.") if inner else {prefix + key: value}
     return names
 
 
 def engine_settings(config):
-    """ds_config.json, with the user's values and those of the flags."""
-    shipped = Path(__file__).with_name("ds_config.json")
-    file = Path(config.deepspeed_config or shipped)
-    settings = json.loads(shipped.read_text())
-    known = dotted(settings)
+    """What ds_config.json says about the engine, and the flags."""
+    file = Path(config.deepspeed_config or Path(__file__).with_name("ds_config.json"))
     with explained(f"--deepspeed_config {file}"):
-        given = json.loads(file.read_text())
-        require(isinstance(given, dict), "a JSON object is expected")
-        for name, value in dotted(given).items():
+        settings = json.loads(file.read_text())
+        require(isinstance(settings, dict), "a JSON object is expected")
+        given = dotted(settings)
+        for name in given | ENGINE:
+            value, choices = given.get(name), ENGINE.get(name)
             says = f"{name} = {json.dumps(value)}"
-            require(name in known, f"{says}: not known to train right (as fp16, fp8; bf16 is)")
-            switch = [True, False] if isinstance(known[name], bool) else [known[name]]
-            choices = ENGINE_CHOICES.get(name, switch)  # only "auto" where a flag decides
-            fits = type(value) is type(known[name]) and value in choices
+            require(choices, f"{says}: not known to train right (as fp16, fp8; bf16 is)")
+            fits = type(value) is type(choices[0]) and value in choices
             require(fits, f"{says}: must be one of {choices}")
-            *sections, key = name.split(".")
-            functools.reduce(dict.get, sections, settings)[key] = value
     settings["train_micro_batch_size_per_gpu"] = config.train_batch_size
     settings["gradient_accumulation_steps"] = config.gradient_accumulation_steps
     settings["train_batch_size"] = config.total_batch_size
@@ -1059,11 +1011,10 @@ def start_engine(config, settings, transformer, checkpoint=None, state=TrainStat
 
     # DeepSpeed makes Adam's state in the first step; to be loaded, it must be there before.
     steps = state.step - state.skipped
-    for group in optimizer.param_groups:
-        for part in group["params"]:  # this rank's part of the fp32 weights
-            step = steps if offloaded else torch.tensor(float(steps), device=part.device)
-            moments = {name: torch.zeros_like(part) for name in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[part] = {"step": step} | moments
+    for part in optimizer.param_groups[0]["params"]:  # this rank's part of the fp32 weights
+        step = steps if offloaded else torch.tensor(float(steps), device=part.device)
+        moments = {name: torch.zeros_like(part) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[part] = {"step": step} | moments
     engine.optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in transformer.named_parameters() if checkpoint else ():
         if parameter._hp_mapping is not None:  # this rank holds a part of it
@@ -1100,12 +1051,9 @@ def save_checkpoint(engine, config, state, identity):
     with fail_together():
         if RANK == 0:
             engine.module.save_pretrained(aside / "transformer", max_shard_size="100GB")
-            files = list(aside.glob("*/*"))
-            sizes = {str(file.relative_to(aside)): file.stat().st_size for file in files}
-            with suppress(PermissionError):  # of file systems without permissions
-                for file in files:  # safetensors makes them readable by their owner only
-                    file.chmod(aside.stat().st_mode & 0o666)
-            state = replace(state, logged=(folder.parent / "metrics.jsonl").stat().st_size)
+            sizes = {
+                f"{file.relative_to(aside)}": file.stat().st_size for file in aside.glob("*/*")
+            }
             manifest = asdict(state) | {"identity": identity, "files": sizes}
             (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
             os.sync()  # what gets the name of a checkpoint must survive a power cut
@@ -1170,62 +1118,59 @@ class Log:
     """metrics.jsonl, trackers and progress bar of rank 0."""
 
     def __init__(self, config, state):
-        self.config = config
-        self.folder = Path(config.output_dir)
-        self.file = self.folder / "metrics.jsonl"
-        self.first_step = state.step
-        steps = config.max_train_steps
-        self.bar = tqdm(None, "training", total=steps, initial=state.step, **BAR)
+        self.config, self.first_step = config, state.step
+        self.file = Path(config.output_dir, "metrics.jsonl")
         self.report_to = config.report_to if RANK == 0 else "none"
         self.tracker = None
+        steps = config.max_train_steps
+        self.bar = tqdm(None, "training", total=steps, initial=state.step, **BAR)
         with fail_together():
-            if RANK == 0:  # cut off what came after the checkpoint
-                self.file.touch()
-                kept = self.file.read_bytes()[: state.logged]
-                with atomic(self.file) as aside:
-                    aside.write_bytes(kept[: kept.rfind(b"\n") + 1])  # a power cut may split a line
+            if RANK == 0:  # cut off what will be done again
+                with open(self.file, "ab") as file:
+                    file.truncate(min(state.logged, file.tell()))
 
     def write(self, kind, step, figures, picture=None):
-        """Writes figures of kind "train" or "probe". All ranks must call it."""
-        figures = {name: x if math.isfinite(x) else None for name, x in figures.items()}
+        """Writes figures of kind "train" or "probe" -> bytes of the file. All ranks must call it."""
+        row = {name: x if math.isfinite(x) else None for name, x in figures.items()}
         with fail_together():
             if RANK == 0:
                 with open(self.file, "a") as file:
-                    file.write(json.dumps({"step": step} | figures) + "\n")
+                    file.write(json.dumps({"step": step} | row) + "\n")
         self.bar.update(step - self.bar.n)
-        if self.report_to == "none":
-            return
-        try:
-            self.tracker = self.tracker or self.start_tracker()
-            for name, x in figures.items():
-                self.tracker.add_scalar(f"{kind}/{name}", math.nan if x is None else x, step)
-            if picture:
-                image = VaeImageProcessor.pil_to_numpy(Image.open(picture))
-                self.tracker.add_images("validation", image, step, dataformats="NHWC")
-            self.tracker.flush()
-        except Exception as error:  # no network, disk or login is no reason to end the run
-            say(f"--report_to {self.report_to}: {error}; the run goes on without this tracker")
-            self.report_to = "none"
+        if self.report_to != "none":
+            try:
+                self.report(kind, step, figures, picture)
+            except Exception as error:  # no network, disk or login is no reason to end the run
+                say(f"--report_to {self.report_to}: {error}; the run goes on without it")
+                self.report_to = "none"
+        return self.file.stat().st_size if RANK == 0 else 0
 
-    def start_tracker(self):
-        """tensorboard, through which wandb gets its figures. A continued run continues both."""
-        if self.report_to != "tensorboard":
+    def report(self, kind, step, figures, picture):
+        """Tells tensorboard, through which wandb gets it. A continued run continues both."""
+        if not self.tracker and self.report_to != "tensorboard":
             wandb = importlib.import_module("wandb")
-            name = self.folder / "wandb-id"
+            name = self.file.with_name("wandb-id")
             if not name.exists():
                 name.write_text(os.urandom(8).hex())
             sys.stdin = open(os.devnull)  # without a login it would ask, and wait
             options = {"id": name.read_text(), "resume": "allow", "sync_tensorboard": True}
             wandb.init(config=asdict(self.config), **options)
-        tensorboard = importlib.import_module("torch.utils.tensorboard")
-        return tensorboard.SummaryWriter(self.folder / "logs", purge_step=self.first_step + 1)
+        if not self.tracker:
+            tensorboard = importlib.import_module("torch.utils.tensorboard")
+            options = {"purge_step": self.first_step + 1}
+            self.tracker = tensorboard.SummaryWriter(self.file.with_name("logs"), **options)
+        for name, x in figures.items():
+            self.tracker.add_scalar(f"{kind}/{name}", x, step)
+        if picture:
+            image = VaeImageProcessor.pil_to_numpy(Image.open(picture))
+            self.tracker.add_images("validation", image, step, dataformats="NHWC")
+        self.tracker.flush()
 
 
 def train_step(engine, model, batches, config, rate):
     """One optimizer step -> its figures, the same on all ranks. Stops at a signal."""
     clock = time.perf_counter()
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+    engine.optimizer.param_groups[0]["lr"] = rate
     losses = []
     for number in range(config.gradient_accumulation_steps):
         if number:
@@ -1245,12 +1190,14 @@ def train_step(engine, model, batches, config, rate):
     return figures
 
 
-def learning_rate(config):
-    """-> function from steps done to the learning rate of the next one."""
-    unused = torch.optim.SGD([torch.zeros(1)])  # get_scheduler wants an optimizer
-    spans = config.lr_warmup_steps, config.max_train_steps
-    schedule = diffusers.optimization.get_scheduler(config.lr_scheduler, unused, None, *spans)
-    return lambda step: config.learning_rate * schedule.lr_lambdas[0](step)
+def learning_rate(config, step):
+    """Learning rate after `step` steps: those of diffusers' get_scheduler."""
+    warm_up, shape = config.lr_warmup_steps, config.lr_scheduler
+    if step < warm_up and shape != "constant":
+        return config.learning_rate * step / warm_up
+    done = (step - warm_up) / max(1, config.max_train_steps - warm_up)
+    shapes = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done}
+    return config.learning_rate * shapes.get(shape, 1)
 
 
 def train(engine, stream, base, identity, state):
@@ -1258,7 +1205,6 @@ def train(engine, stream, base, identity, state):
     config = stream.config
     model = VelocityModel(engine, config.resolution)
     log = Log(config, state)
-    rate = learning_rate(config)
     numbers = itertools.count(state.step * config.gradient_accumulation_steps)
     load = partial(stream.micro_batch, model.device)
     batches = prefetch(load, numbers, config.dataloader_num_workers)
@@ -1267,29 +1213,29 @@ def train(engine, stream, base, identity, state):
         while True:
             # If a rank hangs, all print their stacks and end.
             faulthandler.dump_traceback_later(60 * config.timeout_minutes, exit=True)
-
-            # Evaluate: before the first step, every validation_steps, and at the end.
             last = state.step >= config.max_train_steps
-            due = last or state.step % config.validation_steps == 0
-            if due and state.evaluated < state.step:
-                picture = draw_pictures(model, stream, base, state.step)
-                log.write("probe", state.step, probe(model, stream), picture)
-                state = replace(state, evaluated=state.step)
 
             # Save.
             if (last or state.step % config.checkpointing_steps == 0) and state.step > saved:
                 save_checkpoint(engine, config, state, identity)
                 saved = state.step
+
+            # Evaluate: before the first step, every validation_steps, and at the end. A run that
+            # continues here does it again.
+            if last or state.step % config.validation_steps == 0:
+                picture = draw_pictures(model, stream, base, state.step)
+                log.write("probe", state.step, probe(model, stream), picture)
             if last:
                 break
 
             # Train one step.
             raise_if_stopped(model.device)
-            figures = train_step(engine, model, batches, config, rate(state.step))
+            rate = learning_rate(config, state.step)
+            figures = train_step(engine, model, batches, config, rate)
             failed = 0 if engine.was_step_applied() else failed + 1
-            state = replace(state, step=state.step + 1, skipped=state.skipped + (failed > 0))
-            so_far = {"samples": state.step * config.total_batch_size, "skipped": state.skipped}
-            log.write("train", state.step, figures | so_far)
+            step, skipped = state.step + 1, state.skipped + (failed > 0)
+            figures |= {"samples": step * config.total_batch_size, "skipped": skipped}
+            state = TrainState(step, skipped, log.write("train", step, figures))
             require(failed < 10, "10 steps in a row without finite gradients", 1)
     except Failure as failure:
         if failure.code == 75 and state.step > saved:
@@ -1368,20 +1314,17 @@ def fit_engine(config, settings, transformer, cards, tokens):
 
 def longest_caption(config, base, rows):
     """Tokens of the longest of the thousand captions with most bytes, in sixteens."""
-    column = config.caption_column
-    skipped = [Failure] if config.skip_bad_rows else []
-    cells, texts = [], [""]
-    with suppress(*skipped), explained(f"column {column}"):
-        cells = [row.get(column) for row in rows] if type(rows) is list else rows[column][:]
+    column, most = config.caption_column, config.max_sequence_length
+    texts = [""]
+    with explained(f"column {column}"):
+        cells = rows[column][:]
     for index, cell in enumerate(cells):
-        with suppress(*skipped), explained(f"row {index}, {column}"):
-            texts.append(caption_of(cell))
-    tokens = most = config.max_sequence_length
+        with suppress(*[Failure] * config.skip_bad_rows), explained(f"row {index}, {column}"):
+            texts.append(caption_of(cell)[: 8 * most])  # surely as many tokens
     longest = sorted(texts, key=lambda text: len(text.encode()))[-1000:]
-    if len(longest[-1]) < 8 * most:  # longer ones are surely cut, and slow to tokenise
-        with explained(f"{base}/tokenizer"):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(base / "tokenizer")
-        tokens = max(map(len, tokenizer(longest)["input_ids"]))
+    with explained(f"{base}/tokenizer"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base / "tokenizer")
+    tokens = max(map(len, tokenizer(longest)["input_ids"]))
     return 16 * math.ceil(min(tokens, most) / 16)
 
 
@@ -1389,13 +1332,13 @@ def print_plan(config, settings, cards, rows, done, weights, costs, flops):
     """Prints what a run takes. rows, done, weights: their numbers."""
     if RANK > 0:
         return
-    zero = settings["zero_optimization"]
-    total, steps = config.total_batch_size, config.max_train_steps
-    print(f"steps   {steps} of {total} samples, {done} done; {rows} rows; ZeRO-{zero['stage']}")
 
     def gigabytes(parts):
         return ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
 
+    zero = settings["zero_optimization"]
+    total, steps = config.total_batch_size, config.max_train_steps
+    print(f"steps   {steps} of {total} samples, {done} done; {rows} rows; ZeRO-{zero['stage']}")
     sums = {choice: sum(parts.values()) for choice, parts in costs.items()}
     needed, usable = sums[config.recompute] / 1e9, USABLE * cards.memory / 1e9
     print(f"memory  {needed:.1f} of {usable:.0f} usable GB, {cards.name}: ", end="")
@@ -1404,9 +1347,6 @@ def print_plan(config, settings, cards, rows, done, weights, costs, flops):
     print(f"host    {TEXT_ENCODER_GB} GB for each rank while encoding")
     if zero["offload_optimizer"]["device"] == "cpu":
         print(f"        {HOST_BYTES * weights / 1e9:.0f} GB of all hosts together while training")
-    saved = weights * (14 if config.mixed_precision == "bf16" else 16) / 1e9
-    encoded = 8 * rows * LATENT_CHANNELS * (config.resolution // PIXELS_PER_LATENT) ** 2 / 1e9
-    print(f"disk    {saved:.1f} GB a checkpoint, {encoded:.1f} GB of encoded data")
     if cards.flops and config.mixed_precision == "bf16":
         least, most = (total * flops / cards.number / cards.flops / share for share in UTILISATION)
         hours, lost = (steps - done) / 3600, config.checkpointing_steps / 3600
@@ -1482,9 +1422,9 @@ def fail_together():
     try:
         yield
     except (OSError, SafetensorError, Failure) as caught:
-        error = f"rank {RANK}: {caught}"
-    for message in all_gather_objects(error):
-        require(message is None, message, 1)
+        error = f"rank {RANK}: {caught}", getattr(caught, "code", 1)
+    for error in filter(None, all_gather_objects(error)):
+        raise Failure(*error)
 
 
 def prefetch(function, items, threads):
@@ -1531,34 +1471,31 @@ def weight_files(folder, stem):
 
 def check_values(file, values):
     """Fails where a config file says another thing than these values."""
-    found = json.loads(file.read_text())
+    with explained(file):
+        found = json.loads(file.read_text())
     for name, value in values.items():
-        says = f"{file.parent.name}/{file.name} says {name} = {found.get(name)}"
         allowed = value if isinstance(value, tuple) else (value,)
+        says = f"{file} says {name} = {found.get(name)}"
         require(found.get(name) in allowed, f"{says}, CogView4-6B has {allowed[0]}")
 
 
 def find_base(config):
-    """(folder of the base, folder of the transformer to start from); without weights to plan."""
+    """-> (folder of the base, folder of the transformer to start from), checked."""
     name = config.pretrained_model_name_or_path
     base = Path(name)
-    weights = base.is_dir() or not config.dry_run
-    with explained(f"--pretrained_model_name_or_path {name}", OSError, ValueError, LookupError):
-        if not base.is_dir():
-            patterns = ["*.json", "*.txt", "*.model"] + ["*.safetensors"] * weights
+    weights = base.is_dir() or not config.dry_run  # a plan does not download them
+    if not base.is_dir():
+        patterns = ["*.json", "*.txt", "*.model"] + ["*.safetensors"] * weights
+        with explained(f"--pretrained_model_name_or_path {name}"):
             base = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-        kind = json.loads((base / "model_index.json").read_text())["_class_name"]
-        require(kind.startswith("CogView4"), f"is a {kind}, not of CogView4")
-        for file, values in COGVIEW4.items():
-            check_values(base / file, values)
-        if weights:
-            weight_files(base / "text_encoder", "model")
-            weight_files(base / "vae", "diffusion_pytorch_model")
     start_from = Path(config.transformer or base / "transformer")
-    with explained(f"--transformer {start_from}"):
-        check_values(start_from / "config.json", COGVIEW4["transformer/config.json"])
-        if weights:
-            weight_files(start_from, "diffusion_pytorch_model")
+    check_values(base / "scheduler" / "scheduler_config.json", SCHEDULER)
+    check_values(base / "vae" / "config.json", VAE)
+    check_values(start_from / "config.json", TRANSFORMER)
+    if weights:
+        weight_files(base / "text_encoder", "model")
+        weight_files(base / "vae", "diffusion_pytorch_model")
+        weight_files(start_from, "diffusion_pytorch_model")
     return base, start_from
 
 
@@ -1567,54 +1504,43 @@ def check_machine(config, settings, transformer, cards, memory):
     share = sum(memory.values()) / (USABLE * cards.memory)
     require(share <= 1, f"a step takes {share:.0%} of a card's memory: see --train_batch_size")
     offloaded = settings["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
-    for tool in ["g++"] * (offloaded or config.compile) + ["ninja"] * offloaded:
-        why = "an optimizer on the host and --compile need it"
-        require(shutil.which(tool), f"{tool} is not on the PATH: {why}")
-    if not config.dry_run:
-        large = transformer.num_parameters() > 1e9
-        require(cards.name != "CPU" or not large, "PyTorch finds no GPU")
-        if config.control != "column":
-            load_detector(config.control)
+    compiler = shutil.which("g++") or not (offloaded or config.compile)
+    require(compiler, "g++ is not on the PATH: an optimizer on the host and --compile need it")
+    gpu = cards.name != "CPU" or transformer.num_parameters() < 1e9 or config.dry_run
+    require(gpu, "PyTorch finds no GPU")
 
 
-def lock_folders(config, manifest):
-    """Makes the folders; rank 0 locks output_dir -> the open lock, or None."""
-    folder = Path(config.output_dir)
-    for path in (config.encoded_dir, folder):
-        with explained(path):
-            Path(path).mkdir(parents=True, exist_ok=True)
-    if RANK > 0:
-        return None
-    with explained(folder):
-        lock = open(folder / ".lock", "a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Failure(f"--output_dir {folder} is in use by another run")
-    except OSError as error:  # some file systems have no locks
-        say(f"cannot lock --output_dir {folder}: {error}; let no other run use it")
-    steps = [step for step, one in checkpoints(folder).items() if whole_manifest(one)]
-    newer = max(steps, default=0) > manifest.get("step", 0)  # of a run that was still ending
-    require(not newer, f"another run has just saved in {folder}: start again", 1)
-    for left in folder.glob(".checkpoint-*.tmp"):  # of a run that was killed
-        shutil.rmtree(left)
+def enter_folders(config, *decided):
+    """Makes the folders and locks output_dir -> the open lock, on rank 0.
+
+    Fails unless all ranks have decided the same, and share the folders. All ranks must call it.
+    """
+    lock = None
+    folders = Path(config.output_dir), Path(config.encoded_dir)
+    name = all_gather_objects(f".{os.urandom(8).hex()}.tmp")[0]
+    with fail_together(), explained("--output_dir, --encoded_dir"):
+        if RANK == 0:
+            for folder in folders:
+                folder.mkdir(parents=True, exist_ok=True)
+            lock = open(folders[0] / ".lock", "a")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Failure(f"{folders[0]} is in use by another run")
+            except OSError as error:  # some file systems have no locks
+                say(f"cannot lock {folders[0]}: {error}; let no other run use it")
+            for left in folders[0].glob(".checkpoint-*.tmp"):  # of a run that was killed
+                shutil.rmtree(left)
+            for folder in folders:
+                (folder / name).touch()
+    unseen = [str(folder) for folder in folders if not (folder / name).exists()]
+    unseen = sum(all_gather_objects(unseen), [])
+    for folder in folders:
+        (folder / name).unlink(missing_ok=True)
+    require(not unseen, f"{', '.join(unseen)}: all machines must share it")
+    same = len(set(all_gather_objects(digest(*decided)))) == 1
+    require(same, "the ranks differ in flags, cards, or the newest checkpoint that they see")
     return lock
-
-
-def check_agreement(config, *decided):
-    """Fails where the ranks have decided differently, or do not see the same folders."""
-    name = [f".{os.urandom(8).hex()}.tmp"]
-    dist.broadcast_object_list(name)  # that of rank 0
-    for folder in (config.output_dir, config.encoded_dir):
-        file = Path(folder, *name)
-        with fail_together():
-            if RANK == 0:
-                file.touch()
-        seen = all_gather_objects(file.exists())
-        file.unlink(missing_ok=True)
-        require(all(seen), f"{folder}: all machines must share it")
-    differ = "the ranks differ in flags, cards, or the newest checkpoint that they see"
-    require(len(set(all_gather_objects(digest(*decided)))) == 1, differ)
 
 
 def describe_run(config, settings, cards):
@@ -1626,13 +1552,11 @@ def describe_run(config, settings, cards):
         "deepspeed": settings,
         "commit": os.popen(git).read().strip(),
         "versions": {one.__name__: one.__version__ for one in (torch, deepspeed, diffusers)},
-        "hardware": cards.name,
-        "ranks": WORLD,
+        "hardware": f"{cards.number} x {cards.name}",
     }
     with fail_together():
         if RANK == 0:
-            with atomic(Path(config.output_dir, "run.json")) as aside:
-                aside.write_text(json.dumps(about, indent=1))
+            Path(config.output_dir, "run.json").write_text(json.dumps(about, indent=1))
 
 
 def leave_weights(folder):
@@ -1643,9 +1567,6 @@ def leave_weights(folder):
             for file in (checkpoint / "transformer").iterdir():
                 with atomic(folder / file.name) as aside:
                     shutil.copyfile(file, aside)
-            for old in folder.glob("diffusion_pytorch_model*"):  # shards and their index
-                if not (checkpoint / "transformer" / old.name).exists():
-                    old.unlink()
             print(f"done: weights and pictures in {folder}")
 
 
@@ -1672,9 +1593,10 @@ def run(config):
         return
 
     # Prepare.
-    _lock = lock_folders(config, manifest)  # held until the end
+    if config.control != "column":
+        load_detector(config.control)
     device = start_ranks(1.5 * config.timeout_minutes)  # the watch of train() is faster
-    check_agreement(config, settings, manifest)
+    _lock = enter_folders(config, settings, manifest)  # held until the end
 
     # Encode.
     encoded = encode(config, base, rows, device)
@@ -1683,8 +1605,6 @@ def run(config):
 
     # Train.
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-    if checkpoint and config.transformer:
-        say(f"--transformer has no effect: the run continues from {checkpoint}")
     start_from = checkpoint / "transformer" if checkpoint else start_from
     with fail_together():
         transformer = load_transformer(start_from, dtype, device)

@@ -97,12 +97,12 @@ def test_hits_and_misses(encode, base, tmp_path):
 
 
 def test_a_byte_a_size_or_a_name_in_the_files_of_an_encoder_changes_its_keys(config, base, tmp_path):
-    """Large files are read in samples, of which the first is their first MB."""
+    """Of a large file its first MB is read."""
     other = shutil.copytree(base, tmp_path / "base")
 
     def keys():
-        reader = cv4ctrl.Reader(config(), other, [])
-        return {"vae": reader.of_pictures, "text_encoder": reader.of_captions}
+        cache = cv4ctrl.Cache(config(), other, None)
+        return {"vae": cache.of_pictures, "text_encoder": cache.of_captions}
 
     for part in keys():
         before, (file,) = keys(), (other / part).glob("*.safetensors")
@@ -158,7 +158,7 @@ def test_validation_images_are_encoded_like_the_data(encode, refused, flags, pip
     pixels = pipe.image_processor.preprocess(load_image("own.png"), 64, 64).bfloat16()
     assert torch.equal(after.entry(own.control_key), pipe.vae.encode(pixels).latent_dist.parameters[0])
     assert torch.equal(after.entry(own.caption_key), pipe.encode_prompt(captions[0], None, False)[0][0])
-    assert known == replace(by_index(before)[1], index=1, image_key=None)
+    assert known == replace(by_index(before)[1], index=None, image_key=None)
     (tmp_path / "own.png").write_bytes(control[:60])
     options = {"validation_image": "own.png", "validation_prompt": "a", "skip_bad_rows": True}
     line = refused(flags(tmp_path / "out", encoded_dir=tmp_path / "cache", **options), progress=True)

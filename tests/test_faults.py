@@ -251,6 +251,11 @@ def test_a_disk_that_fills_up(run, words, half, undisturbed):
     assert goes_on(run, words(half), half, undisturbed).count("checkpoint-6, which is damaged") == 1
 
 
+def test_a_folder_that_cannot_be_made_is_refused(run, words, tmp_path):
+    codes, text = run(words(tmp_path / "run", encoded_dir="/dev/null/out"))
+    assert codes == [2, 2] and "/dev/null/out" in only_line(text), text
+
+
 def test_a_second_run_in_the_same_folder_is_refused(words, half, refused):
     before = {file: file.stat().st_mtime_ns for file in half.rglob("*")}
     with open(half / ".lock", "a") as lock:

@@ -32,7 +32,7 @@ def test_a_flag_of_the_example_that_is_not_here_is_refused_by_name_and_without_i
     ("--output_dir=", "output_dir"), ("--deepspeed_config README.md", "README.md JSON"),
     ("--dataset_name /nowhere/data", "/nowhere/data"), ("--jsonl_for_train x.jsonl", "dataset_name jsonl_for_train"),
     ("--image_column photo", "photo image conditioning_image text"),
-    ("--pretrained_model_name_or_path no/base", "no/base offline"), ("--encoded_dir /dev/null/out", "/dev/null/out"),
+    ("--pretrained_model_name_or_path no/base", "no/base offline"),
     ("--resume_from_checkpoint checkpoint-7", "resume_from_checkpoint latest"),
 ])  # fmt: skip
 def test_bad_input_is_refused_in_one_line_and_nothing_is_written(argv, words, flags, refused, tmp_path, monkeypatch):
@@ -63,9 +63,9 @@ def test_what_is_not_known_to_train_right_is_refused_by_name(setting, flags, ref
     assert f"ds.json: {name}" in line and not (tmp_path / "out").exists()
 
 
-def test_the_engine_gets_what_flags_and_file_say_and_the_shipped_values_for_the_rest(config, tmp_path):
+def test_the_engine_gets_what_flags_and_file_say(config, tmp_path):
     options = dict(world=2, total_batch_size=16, mixed_precision="bf16", max_grad_norm=0.5)
-    file = engine_file(tmp_path, "zero_optimization", {"stage": 1, "reduce_bucket_size": 10**8})
+    file = engine_file(tmp_path, "zero_optimization.stage", 1)
     shipped = cv4ctrl.engine_settings(config(**options))
     settings = cv4ctrl.engine_settings(config(**options, deepspeed_config=file))
     assert (settings["train_micro_batch_size_per_gpu"], settings["train_batch_size"]) == (4, 16)
@@ -73,7 +73,7 @@ def test_the_engine_gets_what_flags_and_file_say_and_the_shipped_values_for_the_
     assert settings["bf16"] == {"enabled": True, "check_grad_overflow": True}
     assert json.dumps(settings).count('"auto"') == 1  # offloading, which depends on model and cards
     zero, of_shipped = (found.pop("zero_optimization") for found in (settings, shipped))
-    assert settings == shipped and zero == of_shipped | {"stage": 1, "reduce_bucket_size": 10**8}
+    assert settings == shipped and zero == of_shipped | {"stage": 1}
 
 
 @pytest.fixture()
@@ -114,9 +114,6 @@ def test_an_empty_data_set_and_a_base_without_parts(flags, refused, base, tmp_pa
     words = flags(tmp_path / "out", pretrained_model_name_or_path=other)
     (other / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     assert "safetensors" in refused(words)
-    index = other / "model_index.json"
-    index.write_text(index.read_text().replace('"CogView4', '"Flux'))
-    assert "of CogView4" in refused(words)
     assert not (tmp_path / "out").exists()
 
 
@@ -127,7 +124,7 @@ def test_an_empty_data_set_and_a_base_without_parts(flags, refused, base, tmp_pa
     ("transformer/config.json", "in_channels out_channels patch_size"),
 ])  # fmt: skip
 def test_a_base_that_is_not_like_cogview4_is_refused(file, names, flags, refused, base, tmp_path):
-    """Its training would run without an error and be wrong. Its file and value are named. So for --transformer."""
+    """Its training would run without an error and be wrong. Its file and value are named."""
     other = shutil.copytree(base, tmp_path / "other", ignore=shutil.ignore_patterns("*.safetensors"))
     true = json.loads((other / file).read_text())
     words = flags(tmp_path / "out", pretrained_model_name_or_path=other)
@@ -138,7 +135,6 @@ def test_a_base_that_is_not_like_cogview4_is_refused(file, names, flags, refused
             (other / file).write_text(json.dumps(settings))
             line = refused([*words, "--dry_run"])
             assert f"{file} says {name} = {settings.get(name)}, CogView4-6B has {true[name]}" in line
-            assert f"--transformer {other}" in line or not file.startswith("transformer")
 
 
 def test_dry_run_sees_what_it_would_continue_from_and_writes_nothing(flags, refused, tmp_path, capsys):
@@ -148,7 +144,7 @@ def test_dry_run_sees_what_it_would_continue_from_and_writes_nothing(flags, refu
     folder = tmp_path / "out" / "checkpoint-7"
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text(
-        json.dumps({"step": 7, "skipped": 0, "evaluated": 7, "logged": 0, "files": {}, "identity": {"seed": 0}})
+        json.dumps({"step": 7, "skipped": 0, "logged": 0, "files": {}, "identity": {"seed": 0}})
     )
     cv4ctrl.main(argv)
     assert "2 of 4 samples, 7 done;" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +20,11 @@ NOTHING = ["--pretrained_model_name_or_path", "/nowhere"]  # would be refused as
 
 
 def engine_file(folder, name, value):
-    """A ds_config.json with one value by its dotted name."""
-    nested = functools.reduce(lambda inner, key: {key: inner}, reversed(name.split(".")), value)
-    (folder / "ds.json").write_text(json.dumps(nested))
+    """The shipped ds_config.json with one value changed, by its dotted name."""
+    settings = json.loads(Path(cv4ctrl.__file__).with_name("ds_config.json").read_text())
+    *sections, key = name.split(".")
+    functools.reduce(lambda inner, section: inner.setdefault(section, {}), sections, settings)[key] = value
+    (folder / "ds.json").write_text(json.dumps(settings))
     return folder / "ds.json"
 
 
