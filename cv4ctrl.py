@@ -984,7 +984,7 @@ def start_ranks(minutes):
     place = f"{os.environ.get('MASTER_ADDR')}, port {os.environ.get('MASTER_PORT')}"
     if WORLD > 1:
         say(f"waiting for {WORLD} ranks at {place}")
-    with explained(f"no meeting at {place}", dist.DistError, ValueError, code=1):
+    with explained(f"no meeting at {place}", dist.DistError, ValueError):
         limit = datetime.timedelta(minutes=minutes)
         deepspeed.init_distributed(auto_mpi_discovery=False, timeout=limit, verbose=False)
     nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -1043,8 +1043,6 @@ def save_state(engine, folder):
 
 def save_checkpoint(engine, config, state, identity):
     """Writes checkpoint-<step> and deletes the oldest. All ranks must call it."""
-    finite = all(weight.isfinite().all() for weight in engine.module.parameters())
-    require(finite, "weights are not finite: they are not saved, and older checkpoints stay", 1)
     folder = Path(config.output_dir, f"checkpoint-{state.step}")
     aside = folder.with_name(f".{folder.name}.tmp")
     save_state(engine, aside / "state")
@@ -1059,11 +1057,10 @@ def save_checkpoint(engine, config, state, identity):
             os.sync()  # what gets the name of a checkpoint must survive a power cut
             shutil.rmtree(folder, ignore_errors=True)  # a damaged one
             os.replace(aside, folder)
-            folders = list(checkpoints(folder.parent).values())
-            whole = [one for one in folders if whole_manifest(one)]
-            for one in folders if config.checkpoints_total_limit else ():
-                if one not in whole[-config.checkpoints_total_limit :]:
-                    shutil.rmtree(one, ignore_errors=True)
+            present = checkpoints(folder.parent).values()
+            whole = [one for one in present if whole_manifest(one)]
+            for one in set(present) - set(whole[-config.checkpoints_total_limit :]):
+                shutil.rmtree(one, ignore_errors=True)
 
 
 def checkpoints(folder):
@@ -1270,7 +1267,7 @@ def cards_of():
 
 
 def cost_of_step(config, zero, transformer, cards, tokens):
-    """({choice of --recompute: {part: bytes of a card at the peak}}, FLOP of a sample)."""
+    """({part: bytes of a card at the peak}, FLOP of a sample)."""
     size = 2 if config.mixed_precision == "bf16" else 4
     weights = transformer.num_parameters()
     blocks = transformer.config.num_layers
@@ -1287,13 +1284,11 @@ def cost_of_step(config, zero, transformer, cards, tokens):
     # At the peak one block is in its backward pass: 22 tensors, 4 for the gradient of gelu, and
     # three gradients of weights, 4 D x D each, not yet summed. The others have what they keep.
     tensor = size * config.train_batch_size * sequence * width
-    costs = {}
-    for choice, kept in KEPT_PER_BLOCK.items():
-        activations = ((blocks - 1) * kept + 22 + 4) * tensor + 3 * 4 * size * width**2
-        costs[choice] = memory | {"activations": activations}
+    tensors = (blocks - 1) * KEPT_PER_BLOCK[config.recompute] + 22 + 4
+    memory["activations"] = tensors * tensor + 3 * 4 * size * width**2
     # In a block a token meets 12 D^2 weights, 2 FLOP each, and in attention 2 x 2 S D FLOP. The
     # backward pass takes twice that. What is recomputed does not count.
-    return costs, 3 * blocks * sequence * (2 * 12 * width**2 + 2 * 2 * sequence * width)
+    return memory, 3 * blocks * sequence * (2 * 12 * width**2 + 2 * 2 * sequence * width)
 
 
 def fit_engine(config, settings, transformer, cards, tokens):
@@ -1304,12 +1299,12 @@ def fit_engine(config, settings, transformer, cards, tokens):
     fastest_first = list(KEPT_PER_BLOCK) if math.isfinite(cards.memory) else ["all"]
     choices = fastest_first if config.recompute == "auto" else [config.recompute]
     for device, choice in itertools.product(devices, choices):  # offloading costs the most time
+        config = replace(config, recompute=choice)
         zero = zero | {"offload_optimizer": offload | {"device": device}}
-        costs, flops = cost_of_step(config, zero, transformer, cards, tokens)
-        if sum(costs[choice].values()) <= USABLE * cards.memory:
+        memory, flops = cost_of_step(config, zero, transformer, cards, tokens)
+        if sum(memory.values()) <= USABLE * cards.memory:
             break  # else the last ones stand, for check_machine to refuse
-    config = replace(config, recompute=choice)
-    return config, settings | {"zero_optimization": zero}, costs, flops
+    return config, settings | {"zero_optimization": zero}, memory, flops
 
 
 def longest_caption(config, base, rows):
@@ -1328,22 +1323,15 @@ def longest_caption(config, base, rows):
     return 16 * math.ceil(min(tokens, most) / 16)
 
 
-def print_plan(config, settings, cards, rows, done, weights, costs, flops):
+def print_plan(config, settings, cards, rows, done, weights, memory, flops):
     """Prints what a run takes. rows, done, weights: their numbers."""
-    if RANK > 0:
-        return
-
-    def gigabytes(parts):
-        return ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items())
-
     zero = settings["zero_optimization"]
     total, steps = config.total_batch_size, config.max_train_steps
+    needed, usable = sum(memory.values()) / 1e9, USABLE * cards.memory / 1e9
+    parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in memory.items())
     print(f"steps   {steps} of {total} samples, {done} done; {rows} rows; ZeRO-{zero['stage']}")
-    sums = {choice: sum(parts.values()) for choice, parts in costs.items()}
-    needed, usable = sums[config.recompute] / 1e9, USABLE * cards.memory / 1e9
-    print(f"memory  {needed:.1f} of {usable:.0f} usable GB, {cards.name}: ", end="")
-    print(gigabytes(costs[config.recompute]))
-    print(f"        --recompute {config.recompute}; GB with {gigabytes(sums)}")
+    print(f"memory  {needed:.1f} of {usable:.0f} usable GB, {cards.name}: {parts}")
+    print(f"        with --recompute {config.recompute}")
     print(f"host    {TEXT_ENCODER_GB} GB for each rank while encoding")
     if zero["offload_optimizer"]["device"] == "cpu":
         print(f"        {HOST_BYTES * weights / 1e9:.0f} GB of all hosts together while training")
@@ -1376,7 +1364,7 @@ def require(condition, message, code=2):
 
 
 @contextmanager
-def explained(what, *kinds, code=2):
+def explained(what, *kinds):
     """Makes exceptions of these kinds (OSError, ValueError) a Failure that begins with `what`."""
     try:
         yield
@@ -1384,24 +1372,21 @@ def explained(what, *kinds, code=2):
         raise Failure(f"{what}: {failure}", failure.code)
     except kinds or (OSError, ValueError) as error:
         said = " ".join(str(error.__cause__ or error).partition(" <_io")[0].split())  # no addresses
-        raise Failure(f"{what}: {type(error).__name__}: {said:.180}", code)
+        raise Failure(f"{what}: {type(error).__name__}: {said:.180}")
 
 
-class Unbroken:
-    """A stream that goes to /dev/null once its reader has ended, as `tee` does at Ctrl-C."""
+def outlive_reader(stream):
+    """Makes a stream go to /dev/null once its reader has ended, as `tee` does at Ctrl-C."""
+    write = stream.write
 
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
+    def unbroken(text):
         try:
-            self.stream.write(text)
-            self.stream.flush()
+            write(text)
+            stream.flush()
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+    stream.write = unbroken
 
 
 def say(message):
@@ -1585,10 +1570,11 @@ def run(config):
     base, start_from = find_base(config)
     transformer = empty_transformer(start_from)
     tokens = longest_caption(config, base, rows)
-    config, settings, costs, flops = fit_engine(config, settings, transformer, cards, tokens)
-    numbers = len(rows), state.step, transformer.num_parameters()
-    print_plan(config, settings, cards, *numbers, costs, flops)
-    check_machine(config, settings, transformer, cards, costs[config.recompute])
+    config, settings, memory, flops = fit_engine(config, settings, transformer, cards, tokens)
+    if RANK == 0:
+        numbers = len(rows), state.step, transformer.num_parameters()
+        print_plan(config, settings, cards, *numbers, memory, flops)
+    check_machine(config, settings, transformer, cards, memory)
     if config.dry_run:
         return
 
@@ -1618,7 +1604,8 @@ def run(config):
 
 def main(argv=None):
     """Runs the command line; a Failure is a line on stderr and an exit code."""
-    sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
+    outlive_reader(sys.stdout)
+    outlive_reader(sys.stderr)
     try:
         run(parse(argv))
     except Failure as end:

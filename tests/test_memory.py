@@ -74,7 +74,8 @@ def cogview(base, tmp_path_factory):
 ])  # fmt: skip
 def test_activations_of_cogview4(recompute, lengths, resolution, precision, cogview):
     """One forward and backward pass on tensors without data; gradients are freed once summed, as ZeRO-2 does it."""
-    config = cv4ctrl.Config(train_batch_size=len(lengths), resolution=resolution, mixed_precision=precision)
+    options = {"train_batch_size": len(lengths), "resolution": resolution, "mixed_precision": precision}
+    config = cv4ctrl.Config(recompute=recompute, **options)
     network = cv4ctrl.empty_transformer(cogview / "transformer")
     cv4ctrl.recompute(network, recompute)
     with FakeTensorMode():
@@ -88,8 +89,8 @@ def test_activations_of_cogview4(recompute, lengths, resolution, precision, cogv
         with Live(list(network.parameters()), model.constant, inputs) as live:
             cv4ctrl.flow_matching_loss(model, inputs).backward()
     zero = {"stage": 2, "reduce_bucket_size": 0, "offload_optimizer": {"device": "none"}}
-    costs, _ = cv4ctrl.cost_of_step(config, zero, network, cv4ctrl.Cards(1, "", 80e9, 1), max(lengths))
-    assert live.now == 0 and costs[recompute]["activations"] == pytest.approx(live.peak, rel=0.06)
+    memory, _ = cv4ctrl.cost_of_step(config, zero, network, cv4ctrl.Cards(1, "", 80e9, 1), max(lengths))
+    assert live.now == 0 and memory["activations"] == pytest.approx(live.peak, rel=0.06)
 
 
 @pytest.mark.parametrize("world, stage", [(1, 1), (1, 2), (2, 2), (2, 1)])
@@ -113,14 +114,14 @@ def measure(argv, stage):
     with Live() as live:
         network = cv4ctrl.load_transformer(folder, torch.bfloat16, device)
         cards = cv4ctrl.Cards(cv4ctrl.WORLD, "CPU", math.inf, 0)
-        config, settings, costs, _ = cv4ctrl.fit_engine(config, settings, network, cards, 16)
+        config, settings, memory, _ = cv4ctrl.fit_engine(config, settings, network, cards, 16)
         cv4ctrl.recompute(network, config.recompute)
         engine = cv4ctrl.start_engine(config, settings, network)
         model = cv4ctrl.VelocityModel(engine, config.resolution)
         live.peak = live.now
         batch = batch_of(config, [16] * config.train_batch_size, 32)
         cv4ctrl.train_step(engine, model, iter([batch]), config, 1e-3)
-    return [sum(costs[config.recompute].values()), live.peak]
+    return [sum(memory.values()), live.peak]
 
 
 # GB of a card at 1024 px with 128 tokens. 6.37 billion weights take 12.7 in bf16, buckets 0.5 (8 bytes for each number
@@ -186,7 +187,7 @@ def test_the_printed_plan(cogview, flags, capsys, tmp_path, monkeypatch):
     assert plan["time"].endswith("up to {:.1f} to {:.1f} hours".format(hours[0] / 2, hours[1] / 2))  # of 500 steps
     total, parts = plan["memory"].split(" of 76 usable GB, NVIDIA H100 80GB HBM3: ")
     assert parts.startswith("weights 12.7, gradients 3.2, buckets 0.5, optimizer 9.6, activations ")
-    assert plan["--recompute"].startswith("some; GB with none ") and f"some {total}, most" in plan["--recompute"]
+    assert float(total) < 76 and plan["with"] == "--recompute some"
     put_cards(monkeypatch, 8, "Another Card", 85e9)  # of unknown speed
     with pytest.raises(SystemExit):  # too much, although it is offloaded
         cv4ctrl.main([*flags(tmp_path / "out", **common, recompute="none"), "--dry_run"])
