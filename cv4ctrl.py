@@ -608,6 +608,8 @@ def fingerprint(folder):
 
 def load_encoders(base, device, **parts):
     """The base's pipeline in bf16, without transformer and those parts that are given as None."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     options = dict(transformer=None, dtype=torch.bfloat16, use_safetensors=True)
     options |= dict(low_cpu_mem_usage=False) | parts  # that would need accelerate
     return diffusers.CogView4ControlPipeline.from_pretrained(base, **options).to(device)
@@ -887,8 +889,9 @@ def draw_pictures(model, stream, base, step):
         prompts = [encoded.entry(key).to(device) for key in keys]
         latents = [control]
         for m in range(config.num_validation_images):
-            address = config.seed, "drawing", n - len(encoded.cases), m  # held-out rows from 0 on
-            noise = torch.randn(control.shape, generator=generator(*address))
+            held_out = n - len(encoded.cases)  # from 0 on, so that new cases change no other noise
+            random = generator(config.seed, "validation", held_out, m)
+            noise = torch.randn(control.shape, generator=random)
             latents.append(euler_sample(model, noise.to(device), control, *prompts, *options))
         if rows[n].image_key:
             latents.append(encoded.latents(rows[n].image_key)[None])
@@ -1049,9 +1052,8 @@ def save_checkpoint(engine, config, state, identity):
     with fail_together():
         if RANK == 0:
             engine.module.save_pretrained(aside / "transformer", max_shard_size="100GB")
-            sizes = {
-                f"{file.relative_to(aside)}": file.stat().st_size for file in aside.glob("*/*")
-            }
+            files = aside.glob("*/*")
+            sizes = {str(file.relative_to(aside)): file.stat().st_size for file in files}
             manifest = asdict(state) | {"identity": identity, "files": sizes}
             (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
             os.sync()  # what gets the name of a checkpoint must survive a power cut

@@ -79,7 +79,7 @@ def test_the_command_trains_and_saves_what_it_says(document):
     said |= {"validation_image": ["pose.jpg"], "validation_prompt": [PROMPT]}
     assert {name: config[name] for name in said} == said
     if importlib.util.find_spec("wandb") is None:
-        assert document[1].count("the run goes on without this tracker") == 1
+        assert document[1].count("the run goes on without it") == 1
 
 
 def test_its_picture_of_your_case_is_what_inference_draws_with_that_control_and_prompt(
