@@ -719,30 +719,31 @@ def encode(config, base, rows, device):
             control_key, *_ = cache.picture(os.path.abspath(image), config.control)
             cases.append(Row(None, None, control_key, caption_key, tokens))
         share = range(RANK, len(rows), WORLD)
-        found = prefetch(partial(read_row, cache, rows), share, config.dataloader_num_workers)
-        found = tqdm(found, "encoding", total=len(share), **BAR)
-        found = list(itertools.takewhile(lambda one: not stop_requests, found))
+        reading = prefetch(partial(read_row, cache, rows), share, config.dataloader_num_workers)
+        reading = tqdm(reading, "encoding", total=len(share), **BAR)
+        mine = list(itertools.takewhile(lambda row: not stop_requests, reading))
         cache.encoders = None  # freed before the transformer is loaded
     gc.collect()
     torch.cuda.empty_cache()
     raise_if_stopped(device)
-    shares = all_gather_objects(found)
-    found = [shares[i % WORLD][i // WORLD] for i in range(len(rows))]
-    tell_remarks(config, found)
-    train, held_out = hold_out([row for row, _ in found if row], config.probe_samples)
+    shares = all_gather_objects(mine)
+    rows_with_remarks = [shares[i % WORLD][i // WORLD] for i in range(len(rows))]
+    tell_remarks(config, rows_with_remarks)
+    usable = [row for row, _ in rows_with_remarks if row]
+    train, held_out = hold_out(usable, config.probe_samples)
     require(train, "there are no rows to train on")
     return Encoded(Path(config.encoded_dir), empty_key, train, held_out, cases)
 
 
-def tell_remarks(config, found):
+def tell_remarks(config, rows_with_remarks):
     """Tells each remark once; rows that cannot be used fail, or are left out."""
     first, count = {}, Counter()
-    for index, (row, remarks) in enumerate(found):
+    for index, (row, remarks) in enumerate(rows_with_remarks):
         for remark in remarks if row else ["cannot be used"]:
             first.setdefault(remark, f"row {index}: {remark}" if row else remarks[0])
             count[remark] += 1
     for remark in count:
-        about = f"{first[remark]} ({count[remark]} of {len(found)} rows)"
+        about = f"{first[remark]} ({count[remark]} of {len(rows_with_remarks)} rows)"
         use = remark != "cannot be used" or config.skip_bad_rows
         require(use, f"{about}; --skip_bad_rows leaves out what cannot be used")
         say(about)
@@ -1340,9 +1341,9 @@ def print_plan(config, settings, cards, rows, done, weights, memory, flops):
     if cards.flops and config.mixed_precision == "bf16":
         least, most = (total * flops / cards.number / cards.flops / share for share in UTILISATION)
         hours, lost = (steps - done) / 3600, config.checkpointing_steps / 3600
-        print(f"time    {least:.1f} to {most:.1f} s a step, ", end="")
-        print(f"{least * hours:.0f} to {most * hours:.0f} hours; ", end="")
-        print(f"a crash costs up to {least * lost:.1f} to {most * lost:.1f} hours")
+        hours = f"{least * hours:.0f} to {most * hours:.0f} hours"
+        lost = f"{least * lost:.1f} to {most * lost:.1f} hours"
+        print(f"time    {least:.1f} to {most:.1f} s a step, {hours}; a crash costs up to {lost}")
 
 
 # === errors, ranks and files ===
