@@ -42,7 +42,7 @@ import time
 import unicodedata
 from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -88,20 +88,12 @@ SCHEDULER = {
 VAE = {"latent_channels": 16, "scaling_factor": 1.0, "shift_factor": 0.0}
 TRANSFORMER = {"in_channels": (16, 32), "out_channels": 16, "patch_size": 2}  # 32: widened already
 
-RANK = int(os.environ.get("RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
-os.environ["PATH"] += f":{Path(sys.executable).parent}"  # of ninja, which DeepSpeed calls by name
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # else captions of many lengths fragment the memory
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-
 
 # === flags ===
 # A flag's metadata holds its limits: least (1 for whole numbers, else 0), most, multiple_of. kept:
 # a continued run must keep it, since it decides the samples, or what the saved state means.
 
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
-DETECTORS = "canny hed leres lineart lineart_anime midas mlsd normalbae openpose pidinet zoe"
-CONTROLS = ("column", *DETECTORS.split())
 
 
 def flag(default, help, **limits):
@@ -130,7 +122,7 @@ class Config:
     image_column: str = flag("image", "column of the target")
     conditioning_image_column: str = flag("conditioning_image", "column of the control")
     caption_column: str = flag("text", "column of the caption")
-    control: Literal[CONTROLS] = flag("column", "or the detector that makes it", kept=True)
+    control: Literal["column", "canny"] = flag("column", "canny: edges of the image", kept=True)
     skip_bad_rows: bool = flag(False, "leave out rows that cannot be used")
     resolution: int = flag(1024, "pixels of a side", multiple_of=PIXELS_PER_TOKEN, kept=True)
     max_sequence_length: int = flag(1024, "captions are cut to N tokens", kept=True)
@@ -197,9 +189,9 @@ def parse(argv=None):
 
 def check(config):
     """Checks each flag by itself."""
-    for one in fields(config):
-        value, limits = getattr(config, one.name), one.metadata
-        says = f"--{one.name} {value}: must be"
+    for option in fields(config):
+        value, limits = getattr(config, option.name), option.metadata
+        says = f"--{option.name} {value}: must be"
         require(value != "", f"{says} given")
         if type(value) in (int, float):
             least = limits.get("least", 1 if type(value) is int else 0)
@@ -207,8 +199,8 @@ def check(config):
             require(least <= value <= most, f"{says} from {least} to {most}")
             step = limits.get("multiple_of", value or 1)
             require(value % step == 0, f"{says} a multiple of {step}")
-    one = not config.jsonl_for_train or config.dataset_name == Config.dataset_name
-    require(one, "--dataset_name and --jsonl_for_train: give one of them")
+    only_one = not config.jsonl_for_train or config.dataset_name == Config.dataset_name
+    require(only_one, "--dataset_name and --jsonl_for_train: give one of them")
     validation_cases(config)
 
 
@@ -217,9 +209,9 @@ def validation_cases(config):
     images, prompts = config.validation_image or [], config.validation_prompt or []
     for image in images:
         with explained(f"--validation_image {image}"):
-            decode_picture(Path(image).read_bytes(), "target", config.resolution)
+            decode_picture(Path(image).read_bytes(), "column", config.resolution)
     count = max(len(images), len(prompts))
-    fit = {len(images), len(prompts)} <= {1, count}
+    fit = {len(images), len(prompts)} <= {1, count}  # each is 1 or count
     require(fit, "--validation_image, --validation_prompt: give as many of both, or one of either")
     return list(zip(images * count, prompts * count))[:count]
 
@@ -282,8 +274,8 @@ def load_transformer(folder, dtype, device):
 class PrefixAttention:
     """Attention for captions of several lengths: exact, and without a mask.
 
-    Tokens come in the order image, caption, padding, which is free: captions carry no position.
-    So a sample's own tokens are a prefix, and neighbours with equal lengths attend together, on a
+    Tokens come in the order image, caption, padding: captions carry no position, so any order will
+    do. A sample's own tokens are a prefix, and neighbours with equal lengths attend together, on a
     slice. Every kernel takes that; flash attention takes no mask.
     """
 
@@ -316,9 +308,9 @@ class PrefixAttention:
         return x[:, :image_tokens], x[:, image_tokens:]
 
 
-# --recompute -> tensors of (batch, tokens, D) that a block keeps for its backward pass. all: its
-# input; most: also the outputs of attention and down projection; some: also those of the four D x D
-# products; none: everything.
+# --recompute -> tensors of (batch, tokens, D) that a block keeps for its backward pass, fastest
+# first. all: its input; most: also the outputs of attention and down projection; some: also those
+# of the four D x D products; none: everything.
 KEPT_PER_BLOCK = {"none": 22, "some": 7, "most": 3, "all": 1}
 
 
@@ -347,15 +339,15 @@ def recompute(transformer, choice, compiled=False):
     if compiled:  # block and checkpoint together: no policy sees inside a compiled block
         torch._dynamo.config.recompile_limit = 64  # one for each grouping of caption lengths
         run_block = torch.compile(run_block)
-    if compiled or choice != "none":
+    if compiled or choice != "none":  # in training, diffusers calls run_block(block, ...)
         transformer.enable_gradient_checkpointing(run_block)
 
 
 class VelocityModel:
     """velocity = model(noisy, control, prompts, timestep), at one resolution.
 
-    network: the transformer or its engine. Rotary tables are made once; diffusers makes them
-    in each forward pass, on the CPU.
+    network: the transformer or its engine. Rotary tables are made once; diffusers makes them in
+    each forward pass, on the CPU, and each block copies them.
     """
 
     def __init__(self, network, resolution):
@@ -515,30 +507,20 @@ def content_of(cell, folder):
         return content, path
     require(path and isinstance(path, str), f"no picture, but {cell!r:.50}")
     forms = [path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD"))]
-    files = [folder / form for form in forms if (folder / form).is_file()]
+    files = [folder / form for form in forms if os.path.isfile(folder / form)]
     require(files, f"no such file: {path:.100}")
     return files[0].read_bytes(), path
-
-
-@functools.cache
-def load_detector(name):
-    """Detector of controlnet_aux, loaded once."""
-    package = importlib.import_module("controlnet_aux")
-    classes = {kind.lower(): getattr(package, kind) for kind in dir(package)}
-    detector = classes[name.replace("_", "") + "detector"]
-    with explained(f"--control {name}: cannot load lllyasviel/Annotators"):
-        return detector() if name == "canny" else detector.from_pretrained("lllyasviel/Annotators")
 
 
 def decode_picture(content, use, side):
     """A picture file -> (pixels (1, 3, side, side) in -1 ... 1, [width, height, largest value]).
 
-    use: "target", "column" for a finished control, or the name of the detector that makes it.
+    use: "target", "column" for a finished control, or "canny" for one that is made here.
     """
     damage = f"no readable picture, it begins with {content[:12]}"
     with explained(damage, Exception):  # decoders raise what they like
         image = Image.open(io.BytesIO(content))
-        deep = image.mode[0] in "IF" or ";16" in str(image.tile)  # Pillow reads some as RGB
+        deep = image.mode[0] in "IF" or ";16" in str(image.tile)  # opened as RGB of 8 bits
         image = None if deep else ImageOps.exif_transpose(image)
     require(image, "more than 8 bits a channel, which inference cuts: scale them to 0 ... 255")
     size, profile = image.size, image.info.get("icc_profile")
@@ -552,18 +534,17 @@ def decode_picture(content, use, side):
         with suppress(ImageCms.PyCMSError):
             image = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode="RGB")
     image = image.convert("RGB")
-    if use not in ("target", "column"):
-        options = {"low_threshold": 50, "high_threshold": 200} if use == "canny" else {}
-        options |= {"detect_resolution": side, "image_resolution": side}
-        with explained(f"--control {use}", Exception):
-            image = load_detector(use)(image, **options)
+    if use == "canny":  # as in the example of inference
+        size_options = {"detect_resolution": side, "image_resolution": side}
+        canny = importlib.import_module("controlnet_aux").CannyDetector()
+        image = canny(image, low_threshold=50, high_threshold=200, **size_options)
     pixels = VaeImageProcessor(vae_scale_factor=PIXELS_PER_LATENT).preprocess(image, side, side)
     return pixels, [*size, max(high for low, high in image.getextrema())]
 
 
 # === data: encode once ===
 # VAE and text encoder see each picture and caption once, before the transformer is loaded. A file
-# of the cache is named by its key, a digest of what it depends on (of a detector: its name alone).
+# of the cache is named by its key, a digest of all that it depends on.
 
 
 @dataclass(frozen=True)
@@ -718,14 +699,18 @@ def encode(config, base, rows, device):
             caption_key, tokens = cache.caption(prompt)
             control_key, *_ = cache.picture(os.path.abspath(image), config.control)
             cases.append(Row(None, None, control_key, caption_key, tokens))
-        share = range(RANK, len(rows), WORLD)
-        reading = prefetch(partial(read_row, cache, rows), share, config.dataloader_num_workers)
-        reading = tqdm(reading, "encoding", total=len(share), **BAR)
-        mine = list(itertools.takewhile(lambda row: not stop_requests, reading))
-        cache.encoders = None  # freed before the transformer is loaded
+    share = range(RANK, len(rows), WORLD)
+    reading = prefetch(partial(read_row, cache, rows), share, config.dataloader_num_workers)
+    mine, size = [], 8  # rows of a round, after which the ranks ask each other for signals
+    rounds = range(0, len(rows), size * WORLD)
+    with closing(reading):
+        for _ in tqdm(rounds, "encoding", unit="row", unit_scale=size * WORLD, **BAR):
+            raise_if_stopped(device)
+            with fail_together():
+                mine += itertools.islice(reading, size)
+    del cache, reading  # the encoders are freed before the transformer is loaded
     gc.collect()
     torch.cuda.empty_cache()
-    raise_if_stopped(device)
     shares = all_gather_objects(mine)
     rows_with_remarks = [shares[i % WORLD][i // WORLD] for i in range(len(rows))]
     tell_remarks(config, rows_with_remarks)
@@ -736,17 +721,19 @@ def encode(config, base, rows, device):
 
 
 def tell_remarks(config, rows_with_remarks):
-    """Tells each remark once; rows that cannot be used fail, or are left out."""
-    first, count = {}, Counter()
-    for index, (row, remarks) in enumerate(rows_with_remarks):
-        for remark in remarks if row else ["cannot be used"]:
-            first.setdefault(remark, f"row {index}: {remark}" if row else remarks[0])
-            count[remark] += 1
-    for remark in count:
-        about = f"{first[remark]} ({count[remark]} of {len(rows_with_remarks)} rows)"
-        use = remark != "cannot be used" or config.skip_bad_rows
-        require(use, f"{about}; --skip_bad_rows leaves out what cannot be used")
-        say(about)
+    """Tells each remark once. Rows that cannot be used fail, or are left out."""
+    number = len(rows_with_remarks)
+    bad = [remarks[0] for row, remarks in rows_with_remarks if not row]
+    if bad:
+        says = f"{bad[0]} ({len(bad)} of {number} rows cannot be used)"
+        require(config.skip_bad_rows, f"{says}; --skip_bad_rows leaves them out")
+        say(says)
+    rows = {}  # of each remark
+    for row, remarks in rows_with_remarks:
+        for remark in remarks if row else ():
+            rows.setdefault(remark, []).append(row.index)
+    for remark, indices in rows.items():
+        say(f"row {indices[0]}: {remark} ({len(indices)} of {number} rows)")
 
 
 def hold_out(rows, most):
@@ -885,13 +872,12 @@ def draw_pictures(model, stream, base, step):
     options = config.num_inference_steps, config.guidance_scale
 
     def draw(n):  # the band of row n, (1, 3, side, pictures x side)
-        control = encoded.latents(rows[n].control_key)[None].to(device)
-        keys = rows[n].caption_key, encoded.empty_key
-        prompts = [encoded.entry(key).to(device) for key in keys]
+        keys = rows[n].control_key, rows[n].caption_key
+        control = encoded.latents(keys[0])[None].to(device)
+        prompts = [encoded.entry(key).to(device) for key in (keys[1], encoded.empty_key)]
         latents = [control]
         for m in range(config.num_validation_images):
-            held_out = n - len(encoded.cases)  # from 0 on, so that new cases change no other noise
-            random = generator(config.seed, "validation", held_out, m)
+            random = generator(config.seed, "validation", *keys, m)
             noise = torch.randn(control.shape, generator=random)
             latents.append(euler_sample(model, noise.to(device), control, *prompts, *options))
         if rows[n].image_key:
@@ -901,13 +887,15 @@ def draw_pictures(model, stream, base, step):
         return torch.cat(cells + blank, dim=3).cpu()
 
     bands = spread(range(len(rows)), draw, "drawing", device)
+    picture = torch.cat([bands[n] for n in range(len(rows))], dim=2)
     file = Path(config.output_dir, "validation", f"step-{step}.png")
-    with fail_together():
-        if RANK == 0:
-            picture = torch.cat([bands[n] for n in range(len(rows))], dim=2)
-            with atomic(file) as aside:
-                VaeImageProcessor().postprocess(picture)[0].save(aside, "PNG")
+    on_rank_0(save_picture, picture, file)
     return file
+
+
+def save_picture(picture, file):
+    file.parent.mkdir(exist_ok=True)
+    VaeImageProcessor().postprocess(picture)[0].save(file)
 
 
 # === engine and checkpoints ===
@@ -1011,7 +999,7 @@ def start_engine(config, settings, transformer, checkpoint=None, state=TrainStat
     )
     engine, *_ = deepspeed.initialize(model=transformer, optimizer=optimizer, config=settings)
     limit = datetime.timedelta(minutes=1.5 * config.timeout_minutes)  # as that of start_ranks
-    dist.set_timeout(limit, engine.data_parallel_group)
+    dist.distributed_c10d._set_pg_timeout(limit, engine.data_parallel_group)
 
     # DeepSpeed makes Adam's state in the first step; to be loaded, it must be there before.
     steps = state.step - state.skipped
@@ -1030,7 +1018,9 @@ def start_engine(config, settings, transformer, checkpoint=None, state=TrainStat
 def save_state(engine, folder):
     """Writes fp32 weights and Adam's moments, a file a parameter. All ranks must call it."""
     weights = dict(engine.module.named_parameters())
-    names = sorted(weights, key=lambda name: weights[name].numel())  # those of a round are alike
+    names = sorted(
+        weights, key=lambda name: weights[name].numel()
+    )  # those of a round are alike: nobody waits
     for first in tqdm(range(0, len(names), WORLD), "saving", leave=False, **BAR):
         mine = {}
         for rank, name in enumerate(names[first : first + WORLD]):
@@ -1042,7 +1032,8 @@ def save_state(engine, folder):
             folder.mkdir(parents=True, exist_ok=True)
             for name in mine:
                 save_file(mine[name], folder / f"{name}.safetensors")
-    os.sync()  # on each machine, see save_checkpoint
+    with fail_together():  # what gets the name of a checkpoint must survive a power cut
+        os.sync()
 
 
 def save_checkpoint(engine, config, state, identity):
@@ -1057,7 +1048,7 @@ def save_checkpoint(engine, config, state, identity):
             sizes = {str(file.relative_to(aside)): file.stat().st_size for file in files}
             manifest = asdict(state) | {"identity": identity, "files": sizes}
             (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
-            os.sync()  # what gets the name of a checkpoint must survive a power cut
+            os.sync()
             shutil.rmtree(folder, ignore_errors=True)  # a damaged one
             os.replace(aside, folder)
             present = checkpoints(folder.parent).values()
@@ -1124,18 +1115,23 @@ class Log:
         self.tracker = None
         steps = config.max_train_steps
         self.bar = tqdm(None, "training", total=steps, initial=state.step, **BAR)
-        with fail_together():
-            if RANK == 0:  # cut off what will be done again
-                with open(self.file, "ab") as file:
-                    file.truncate(min(state.logged, file.tell()))
+        on_rank_0(self.cut, state.logged)
+
+    def cut(self, size):
+        """Cuts off what will be done again."""
+        with open(self.file, "ab") as file:
+            file.truncate(min(size, file.tell()))
+
+    def append(self, row):
+        """-> the size of the file."""
+        with open(self.file, "ab") as file:
+            file.write(json.dumps(row).encode() + b"\n")
+            return file.tell()
 
     def write(self, kind, step, figures, picture=None):
-        """Writes figures of kind "train" or "probe" -> bytes of the file. All ranks must call it."""
+        """Writes figures of kind "train" or "probe" -> size of the file. All ranks must call it."""
         row = {name: x if math.isfinite(x) else None for name, x in figures.items()}
-        with fail_together():
-            if RANK == 0:
-                with open(self.file, "a") as file:
-                    file.write(json.dumps({"step": step} | row) + "\n")
+        size = on_rank_0(self.append, {"step": step} | row)
         self.bar.update(step - self.bar.n)
         if self.report_to != "none":
             try:
@@ -1143,7 +1139,7 @@ class Log:
             except Exception as error:  # no network, disk or login is no reason to end the run
                 say(f"--report_to {self.report_to}: {error}; the run goes on without it")
                 self.report_to = "none"
-        return self.file.stat().st_size if RANK == 0 else 0
+        return size
 
     def report(self, kind, step, figures, picture):
         """Tells tensorboard, through which wandb gets it. A continued run continues both."""
@@ -1179,13 +1175,16 @@ def train_step(engine, model, batches, config, rate):
         engine.backward(loss)
         engine.step()  # after the last micro-batch: clips, and lets AdamW act if all is finite
         losses.append(loss.detach())
-    if not engine.was_step_applied():  # DeepSpeed 0.19.8 keeps the sums if it offloads them
+    skipped = not engine.was_step_applied()
+    if skipped:  # DeepSpeed 0.19.8 keeps the sums if it offloads them
         sums = getattr(engine.optimizer, "averaged_gradients", {})
-        sums.update(dict.fromkeys(sums))
+        for name in sums:
+            sums[name] = None
     loss = torch.stack(losses).mean() / WORLD
     dist.all_reduce(loss)
     figures = {"loss": loss.item(), "lr": rate}  # item waits for the GPU: the clock is true
-    figures["grad_norm"] = float(engine.get_global_grad_norm())
+    norm = engine.get_global_grad_norm()  # that of the step before, if this one was skipped
+    figures["grad_norm"] = math.nan if skipped else float(norm)
     figures["samples_per_s"] = config.total_batch_size / (time.perf_counter() - clock)
     return figures
 
@@ -1317,8 +1316,10 @@ def longest_caption(config, base, rows):
     with explained(f"column {column}"):
         cells = rows[column][:]
     for index, cell in enumerate(cells):
-        with suppress(*[Failure] * config.skip_bad_rows), explained(f"row {index}, {column}"):
-            texts.append(caption_of(cell)[: 8 * most])  # surely as many tokens
+        try:
+            texts.append(caption_of(cell)[: 8 * most])  # as many tokens, but for rare texts
+        except Failure as failure:
+            require(config.skip_bad_rows, f"row {index}, {column}: {failure}")
     longest = sorted(texts, key=lambda text: len(text.encode()))[-1000:]
     with explained(f"{base}/tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(base / "tokenizer")
@@ -1350,6 +1351,11 @@ def print_plan(config, settings, cards, rows, done, weights, memory, flops):
 # A user's mistake is a Failure: one line and an exit code. Anything else is a bug, and a traceback.
 # What only one rank can see, such as a full disk, it tells the others, and all end.
 
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1  # of a launcher
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # else captions of many lengths fragment the memory
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+os.environ["PATH"] += f":{Path(sys.executable).parent}"  # of ninja, which DeepSpeed calls by name
 BAR = {"disable": RANK > 0, "mininterval": 0.1 if sys.stderr.isatty() else 10}  # options of tqdm
 
 
@@ -1415,16 +1421,25 @@ def fail_together():
         raise Failure(*error)
 
 
+def on_rank_0(work, *args):
+    """work(*args) on rank 0, whose errors of files end all ranks. All ranks must call it."""
+    with fail_together():
+        return work(*args) if RANK == 0 else None
+
+
 def prefetch(function, items, threads):
     """Yields function(item) in order, computed ahead by threads."""
     waiting = []
-    with ThreadPoolExecutor(threads) as pool:
+    pool = ThreadPoolExecutor(threads)
+    try:
         for item in items:
             waiting.append(pool.submit(function, item))
             if len(waiting) > threads:
                 yield waiting.pop(0).result()
         for future in waiting:
             yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def digest(*parts):
@@ -1498,33 +1513,34 @@ def check_machine(config, settings, transformer, cards, memory):
     require(gpu, "PyTorch finds no GPU")
 
 
-def enter_folders(config, *decided):
-    """Makes the folders and locks output_dir -> the open lock, on rank 0.
+def lock_folders(folders, token):
+    """Makes the folders, with a file that is called `token`, and locks the first -> its lock."""
+    with explained("--output_dir, --encoded_dir"):
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folders[0] / ".lock", "a")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Failure(f"{folders[0]} is in use by another run")
+        except OSError as error:  # some file systems have no locks
+            say(f"cannot lock {folders[0]}: {error}; let no other run use it")
+        for left in folders[0].glob(".checkpoint-*.tmp"):  # of a run that was killed
+            shutil.rmtree(left)
+        for folder in folders:
+            (folder / token).touch()
+    return lock
 
-    Fails unless all ranks have decided the same, and share the folders. All ranks must call it.
-    """
-    lock = None
+
+def enter_folders(config, *decided):
+    """-> the lock of output_dir. Fails unless all ranks share the folders and decided the same."""
     folders = Path(config.output_dir), Path(config.encoded_dir)
-    name = all_gather_objects(f".{os.urandom(8).hex()}.tmp")[0]
-    with fail_together(), explained("--output_dir, --encoded_dir"):
-        if RANK == 0:
-            for folder in folders:
-                folder.mkdir(parents=True, exist_ok=True)
-            lock = open(folders[0] / ".lock", "a")
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise Failure(f"{folders[0]} is in use by another run")
-            except OSError as error:  # some file systems have no locks
-                say(f"cannot lock {folders[0]}: {error}; let no other run use it")
-            for left in folders[0].glob(".checkpoint-*.tmp"):  # of a run that was killed
-                shutil.rmtree(left)
-            for folder in folders:
-                (folder / name).touch()
-    unseen = [str(folder) for folder in folders if not (folder / name).exists()]
+    token = all_gather_objects(f".{os.urandom(8).hex()}.tmp")[0]
+    lock = on_rank_0(lock_folders, folders, token)
+    unseen = [str(folder) for folder in folders if not (folder / token).exists()]
     unseen = sum(all_gather_objects(unseen), [])
     for folder in folders:
-        (folder / name).unlink(missing_ok=True)
+        (folder / token).unlink(missing_ok=True)
     require(not unseen, f"{', '.join(unseen)}: all machines must share it")
     same = len(set(all_gather_objects(digest(*decided)))) == 1
     require(same, "the ranks differ in flags, cards, or the newest checkpoint that they see")
@@ -1542,20 +1558,16 @@ def describe_run(config, settings, cards):
         "versions": {one.__name__: one.__version__ for one in (torch, deepspeed, diffusers)},
         "hardware": f"{cards.number} x {cards.name}",
     }
-    with fail_together():
-        if RANK == 0:
-            Path(config.output_dir, "run.json").write_text(json.dumps(about, indent=1))
+    Path(config.output_dir, "run.json").write_text(json.dumps(about, indent=1))
 
 
 def leave_weights(folder):
     """Copies the last checkpoint's weights to output_dir, where the example leaves them."""
-    with fail_together():
-        if RANK == 0:
-            checkpoint, _ = find_checkpoint(folder)
-            for file in (checkpoint / "transformer").iterdir():
-                with atomic(folder / file.name) as aside:
-                    shutil.copyfile(file, aside)
-            print(f"done: weights and pictures in {folder}")
+    checkpoint, _ = find_checkpoint(folder)
+    for file in (checkpoint / "transformer").iterdir():
+        with atomic(folder / file.name) as aside:
+            shutil.copyfile(file, aside)
+    print(f"done: weights and pictures in {folder}")
 
 
 def run(config):
@@ -1582,8 +1594,6 @@ def run(config):
         return
 
     # Prepare.
-    if config.control != "column":
-        load_detector(config.control)
     device = start_ranks(1.5 * config.timeout_minutes)  # the watch of train() is faster
     _lock = enter_folders(config, settings, manifest)  # held until the end
 
@@ -1599,9 +1609,9 @@ def run(config):
         transformer = load_transformer(start_from, dtype, device)
     recompute(transformer, config.recompute, config.compile)
     engine = start_engine(config, settings, transformer, checkpoint, state)
-    describe_run(config, settings, cards)
+    on_rank_0(describe_run, config, settings, cards)
     train(engine, Stream(config, encoded, RANK, WORLD), base, identity, state)
-    leave_weights(Path(config.output_dir))
+    on_rank_0(leave_weights, Path(config.output_dir))
     dist.destroy_process_group()
 
 

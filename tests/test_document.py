@@ -99,8 +99,13 @@ def test_its_picture_of_your_case_is_what_inference_draws_with_that_control_and_
     assert {picture.size for picture in pictures.values()} == {(3 * 64, 5 * 64)}  # the case, then four held-out rows
     drawn = np.asarray(pictures["step-4.png"].crop((64, 0, 128, 64)), dtype=float)
 
+    monkeypatch.chdir(folder)
+    config = cv4ctrl.Config(**json.loads((folder / "pose-control/run.json").read_text())["config"])
+    cache = cv4ctrl.Cache(config, control_base, None)
+    keys = cache.picture(str(folder / "pose.jpg"), "column")[0], cache.caption(PROMPT)[0]
+
     def difference(prompt, control):
-        noise = torch.randn(1, 16, 8, 8, generator=cv4ctrl.generator(0, "validation", -1, 0))
+        noise = torch.randn(1, 16, 8, 8, generator=cv4ctrl.generator(0, "validation", *keys, 0))
         options = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 3.5, "latents": noise}
         return np.abs(drawn - pipe(prompt=prompt, control_image=control, **options).images[0]).mean()
 

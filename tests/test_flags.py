@@ -24,7 +24,7 @@ def test_a_flag_of_the_example_that_is_not_here_is_refused_by_name_and_without_i
 @pytest.mark.parametrize("argv, words", [
     ("--no_such_flag", "no_such_flag"), ("extra", "extra"), ("--train_batch 4", "unknown --train_batch"),
     ("--train_batch_size many", "train_batch_size many"), ("--train_batch_size 0", "train_batch_size 1"),
-    ("--lr_scheduler zigzag", "lr_scheduler zigzag"), ("--control x", "control openpose"),
+    ("--lr_scheduler zigzag", "lr_scheduler zigzag"), ("--control x", "control canny"),
     ("--learning_rate nan", "learning_rate"), ("--adam_beta2 1", "adam_beta2"), (f"--seed {2**64}", "seed"),
     ("--resolution 1000", "resolution 16"), ("--proportion_empty_prompts 1.5", "proportion_empty_prompts 1"),
     ("--total_batch_size 6", "total_batch_size 6"),
