@@ -1513,8 +1513,8 @@ def check_machine(config, settings, transformer, cards, memory):
     require(gpu, "PyTorch finds no GPU")
 
 
-def lock_folders(folders, token):
-    """Makes the folders, with a file that is called `token`, and locks the first -> its lock."""
+def lock_folders(folders, token, step):
+    """Makes the folders, with a file called `token`, and locks the first -> its lock."""
     with explained("--output_dir, --encoded_dir"):
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
@@ -1525,6 +1525,9 @@ def lock_folders(folders, token):
             raise Failure(f"{folders[0]} is in use by another run")
         except OSError as error:  # some file systems have no locks
             say(f"cannot lock {folders[0]}: {error}; let no other run use it")
+        whole = [n for n, folder in checkpoints(folders[0]).items() if whole_manifest(folder)]
+        newest = max(whole, default=0)  # a run that was still ending may have saved since
+        require(newest == step, f"{folders[0]} has a newer checkpoint now: start again", 1)
         for left in folders[0].glob(".checkpoint-*.tmp"):  # of a run that was killed
             shutil.rmtree(left)
         for folder in folders:
@@ -1532,17 +1535,17 @@ def lock_folders(folders, token):
     return lock
 
 
-def enter_folders(config, *decided):
+def enter_folders(config, settings, manifest):
     """-> the lock of output_dir. Fails unless all ranks share the folders and decided the same."""
     folders = Path(config.output_dir), Path(config.encoded_dir)
     token = all_gather_objects(f".{os.urandom(8).hex()}.tmp")[0]
-    lock = on_rank_0(lock_folders, folders, token)
+    lock = on_rank_0(lock_folders, folders, token, manifest.get("step", 0))
     unseen = [str(folder) for folder in folders if not (folder / token).exists()]
     unseen = sum(all_gather_objects(unseen), [])
     for folder in folders:
         (folder / token).unlink(missing_ok=True)
     require(not unseen, f"{', '.join(unseen)}: all machines must share it")
-    same = len(set(all_gather_objects(digest(*decided)))) == 1
+    same = len(set(all_gather_objects(digest(config, settings, manifest)))) == 1
     require(same, "the ranks differ in flags, cards, or the newest checkpoint that they see")
     return lock
 
