@@ -999,7 +999,7 @@ def start_engine(config, settings, transformer, checkpoint=None, state=TrainStat
     )
     engine, *_ = deepspeed.initialize(model=transformer, optimizer=optimizer, config=settings)
     limit = datetime.timedelta(minutes=1.5 * config.timeout_minutes)  # as that of start_ranks
-    dist.distributed_c10d._set_pg_timeout(limit, engine.data_parallel_group)
+    dist.set_timeout(limit, engine.data_parallel_group)
 
     # DeepSpeed makes Adam's state in the first step; to be loaded, it must be there before.
     steps = state.step - state.skipped
