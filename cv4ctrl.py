@@ -209,6 +209,7 @@ def validation_cases(config):
     images, prompts = config.validation_image or [], config.validation_prompt or []
     for image in images:
         with explained(f"--validation_image {image}"):
+            require(os.path.isfile(image), "no such file")  # a named pipe would hang
             decode_picture(Path(image).read_bytes(), "column", config.resolution)
     count = max(len(images), len(prompts))
     fit = {len(images), len(prompts)} <= {1, count}  # each is 1 or count
@@ -1607,6 +1608,8 @@ def run(config):
 
     # Train.
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    if checkpoint and config.transformer:
+        say(f"--transformer has no effect: the run continues from {checkpoint}")
     start_from = checkpoint / "transformer" if checkpoint else start_from
     with fail_together():
         transformer = load_transformer(start_from, dtype, device)
