@@ -97,7 +97,7 @@ def test_hits_and_misses(encode, base, tmp_path):
 
 
 def test_a_byte_a_size_or_a_name_in_the_files_of_an_encoder_changes_its_keys(config, base, tmp_path):
-    """Of a large file its first MB is read."""
+    """Large files are read in samples, of which the first is their first MB."""
     other = shutil.copytree(base, tmp_path / "base")
 
     def keys():
