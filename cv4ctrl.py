@@ -22,8 +22,6 @@ Begin with the sections "the model" and "flow matching", or with run() at the en
 """
 
 import datetime
-import faulthandler
-import fcntl
 import functools
 import gc
 import glob
@@ -39,10 +37,9 @@ import signal
 import sys
 import threading
 import time
-import unicodedata
-from collections import Counter, namedtuple
+from collections import Counter, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -51,6 +48,7 @@ from typing import Literal
 import datasets
 import deepspeed
 import diffusers
+import filelock
 import huggingface_hub
 import torch
 import torch.distributed as dist
@@ -65,6 +63,7 @@ from safetensors.torch import load_file, save, save_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils import checkpoint as activation_checkpoint
 from tqdm import tqdm
+from transformers.utils.generic import flatten_dict
 
 # === CogView4-6B ===
 # What the formulas take for granted. A base whose config files say otherwise, such as another scale
@@ -77,16 +76,16 @@ PIXELS_PER_LATENT = 8
 PIXELS_PER_TOKEN = 16  # a token is a patch of 2 x 2 latents
 
 SCHEDULER = {
-    "num_train_timesteps": TIMESTEPS,
-    "use_dynamic_shifting": True,
-    "time_shift_type": "linear",
-    "shift": 1.0,
-    "base_shift": BASE_SHIFT,
-    "max_shift": MAX_SHIFT,
-    "base_image_seq_len": BASE_TOKENS,
+    "num_train_timesteps": [TIMESTEPS],
+    "use_dynamic_shifting": [True],
+    "time_shift_type": ["linear"],
+    "shift": [1.0],
+    "base_shift": [BASE_SHIFT],
+    "max_shift": [MAX_SHIFT],
+    "base_image_seq_len": [BASE_TOKENS],
 }
-VAE = {"latent_channels": 16, "scaling_factor": 1.0, "shift_factor": 0.0}
-TRANSFORMER = {"in_channels": (16, 32), "out_channels": 16, "patch_size": 2}  # 32: widened already
+VAE = {"latent_channels": [16], "scaling_factor": [1.0], "shift_factor": [0.0]}
+TRANSFORMER = {"in_channels": [16, 32], "out_channels": [16], "patch_size": [2]}  # 32: widened
 
 
 # === flags ===
@@ -112,18 +111,18 @@ class Config:
     )
     recompute: Literal["auto", "all", "most", "some", "none"] = flag("auto", "in each block")
     compile: bool = flag(False, "compile the blocks: worth a try on a GPU")
-    gradient_checkpointing: bool = flag(False, "the same as --recompute all")
+    gradient_checkpointing: bool = flag(False, "no effect: see --recompute")
     offload: bool = flag(False, "no effect: encoders are freed before training")
 
     # Data
-    dataset_name: str = flag("raulc0399/open_pose_controlnet", "hub name, folder or parquet file")
+    dataset_name: str = flag(
+        "raulc0399/open_pose_controlnet", "hub name, folder, JSON lines or parquet file"
+    )
     dataset_config_name: str | None = flag(None, "configuration of the data set")
-    jsonl_for_train: str | None = flag(None, "JSON lines instead; paths are relative to the file")
     image_column: str = flag("image", "column of the target")
     conditioning_image_column: str = flag("conditioning_image", "column of the control")
     caption_column: str = flag("text", "column of the caption")
     control: Literal["column", "canny"] = flag("column", "canny: edges of the image", kept=True)
-    skip_bad_rows: bool = flag(False, "leave out rows that cannot be used")
     resolution: int = flag(1024, "pixels of a side", multiple_of=PIXELS_PER_TOKEN, kept=True)
     max_sequence_length: int = flag(1024, "captions are cut to N tokens", kept=True)
     proportion_empty_prompts: float = flag(0.0, "samples without caption", most=1, kept=True)
@@ -150,8 +149,7 @@ class Config:
     validation_steps: int = flag(100, "steps between evaluations: probe losses and pictures")
     validation_image: list[str] | None = flag(None, "control pictures of your own to draw with")
     validation_prompt: list[str] | None = flag(None, "their captions; one of either serves all")
-    num_validation_images: int = flag(1, "pictures drawn for each case; 0: none", least=0)
-    num_inference_steps: int = flag(50, "Euler steps of a picture")
+    num_inference_steps: int = flag(50, "Euler steps of a picture; 0: no pictures", least=0)
     guidance_scale: float = flag(3.5, "guidance of a picture; 1 or less: off")
     probe_samples: int = flag(32, "rows that are held out, at most a tenth", least=0, kept=True)
 
@@ -159,9 +157,9 @@ class Config:
     output_dir: str = flag("pose-control", "folder of the run")
     seed: int = flag(0, "of order, timesteps, noise, dropped captions", least=0, kept=True)
     checkpointing_steps: int = flag(500, "steps between checkpoints")
-    checkpoints_total_limit: int = flag(2, "newest checkpoints to keep; 0: all", least=0)
+    checkpoints_total_limit: int = flag(2, "newest checkpoints to keep")
     resume_from_checkpoint: Literal["latest"] = flag("latest", "no effect: a run always continues")
-    report_to: Literal["none", "tensorboard", "wandb", "all"] = flag("none", "trackers")
+    report_to: Literal["none", "tensorboard", "wandb"] = flag("none", "wandb: both")
     deepspeed_config: str | None = flag(None, "engine settings [the shipped ds_config.json]")
     timeout_minutes: int = flag(120, "limit of a step with its evaluation and checkpoint")
     dry_run: bool = flag(False, "check flags, data and base, print the plan, load nothing")
@@ -199,18 +197,14 @@ def check(config):
             require(least <= value <= most, f"{says} from {least} to {most}")
             step = limits.get("multiple_of", value or 1)
             require(value % step == 0, f"{says} a multiple of {step}")
-    only_one = not config.jsonl_for_train or config.dataset_name == Config.dataset_name
-    require(only_one, "--dataset_name and --jsonl_for_train: give one of them")
     validation_cases(config)
 
 
 def validation_cases(config):
-    """[(control picture, caption)] of the flags: n to n, 1 to n, n to 1. Reads the pictures."""
+    """[(control picture, caption)] of the flags: n to n, 1 to n, n to 1."""
     images, prompts = config.validation_image or [], config.validation_prompt or []
     for image in images:
-        with explained(f"--validation_image {image}"):
-            require(os.path.isfile(image), "no such file")  # a named pipe would hang
-            decode_picture(Path(image).read_bytes(), "column", config.resolution)
+        require(os.path.isfile(image), f"--validation_image {image}: no such file")
     count = max(len(images), len(prompts))
     fit = {len(images), len(prompts)} <= {1, count}  # each is 1 or count
     require(fit, "--validation_image, --validation_prompt: give as many of both, or one of either")
@@ -227,8 +221,6 @@ def resolve(config, world):
     require(fits, f"{says}, or that times --gradient_accumulation_steps")
     filled = {"total_batch_size": total, "gradient_accumulation_steps": accumulation}
     filled["encoded_dir"] = config.encoded_dir or f"{config.output_dir}/encoded"
-    if config.gradient_checkpointing:
-        filled["recompute"] = "all"
     if config.control != "column":
         filled["conditioning_image_column"] = config.image_column
     return replace(config, **filled)
@@ -434,13 +426,12 @@ def euler_sample(model, noise, control, prompt, empty, steps, guidance):
 
 def load_splits(config):
     """Loads the data set -> {split: rows}."""
-    name = config.jsonl_for_train or config.dataset_name
-    path = Path(name).absolute()  # a folder named json is no format
-    if not path.exists():
-        return datasets.load_dataset(name, config.dataset_config_name)  # of the hub
+    path = Path(config.dataset_name).absolute()  # a folder named json is no format
+    if not path.exists():  # of the hub
+        return datasets.load_dataset(config.dataset_name, config.dataset_config_name)
     require(not glob.has_magic(str(path)), "rename the path: * ? [ stand for other names")
     if path.is_file():
-        kind = "json" if config.jsonl_for_train else "parquet"
+        kind = "parquet" if path.suffix == ".parquet" else "json"
         return datasets.load_dataset(kind, data_files=str(path))
     if (path / "state.json").exists():  # of save_to_disk
         return {"train": datasets.load_from_disk(path)}
@@ -473,10 +464,9 @@ def open_dataset(config):
     """Opens the data set: rows[i] is a dict, its pictures bytes or paths."""
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # we say it in one line
-    name = config.jsonl_for_train or config.dataset_name
     needed = {config.image_column, config.conditioning_image_column, config.caption_column}
     kinds = OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError
-    with explained(f"data set {name}", *kinds):
+    with explained(f"data set {config.dataset_name}", *kinds):
         splits = load_splits(config)
         split = next(iter(splits)) if len(splits) == 1 else "train"
         require(split in splits, f"has no split train, but {', '.join(map(str, splits))}")
@@ -484,8 +474,6 @@ def open_dataset(config):
         lacking = ", ".join(needed - set(rows.column_names))
         require(len(rows) > 0, "is empty")
         require(not lacking, f"has no column {lacking}, but {', '.join(rows.column_names)}")
-    if others := ", ".join(str(other) for other in splits if other != split):
-        say(f"data set {name}: taking split train, not {others}")
     rows = rows.select_columns(list(needed))
     for column, kind in rows.features.items():
         if isinstance(kind, datasets.Image):
@@ -507,10 +495,8 @@ def content_of(cell, folder):
     if content and isinstance(content, bytes):
         return content, path
     require(path and isinstance(path, str), f"no picture, but {cell!r:.50}")
-    forms = [path, *(unicodedata.normalize(form, path) for form in ("NFC", "NFD"))]
-    files = [folder / form for form in forms if os.path.isfile(folder / form)]
-    require(files, f"no such file: {path:.100}")
-    return files[0].read_bytes(), path
+    require(os.path.isfile(folder / path), f"no such file: {path:.100}")  # nor a pipe, which hangs
+    return (folder / path).read_bytes(), path
 
 
 def decode_picture(content, use, side):
@@ -550,13 +536,13 @@ def decode_picture(content, use, side):
 
 @dataclass(frozen=True)
 class Row:
-    """A usable row, by keys of the cache."""
+    """A usable row, by keys of the cache; a --validation_image has neither index nor image."""
 
-    index: int
-    image_key: str
+    index: int | None
+    image_key: str | None
     control_key: str
     caption_key: str
-    tokens: int = 0  # of the caption
+    tokens: int  # of the caption
 
 
 @dataclass(frozen=True)
@@ -567,7 +553,7 @@ class Encoded:
     empty_key: str  # of the caption ""
     train: list[Row]
     held_out: list[Row]
-    cases: list[Row]  # of --validation_image: without index and image
+    cases: list[Row]  # of --validation_image
 
     def entry(self, key):
         """Prompt embedding (T, 4096) or posterior moments (32, h, w), bf16."""
@@ -609,87 +595,76 @@ class Cache:
 
     def __init__(self, config, base, device):
         self.config, self.base, self.device = config, base, device
-        source = Path(config.jsonl_for_train or config.dataset_name)
+        source = Path(config.dataset_name)
         self.folder = source if source.is_dir() else source.parent  # paths are relative to it
         vae, *text = (fingerprint(base / part) for part in ("vae", "text_encoder", "tokenizer"))
         version = 4  # of decode_picture, or the cache would serve old pixels
         self.of_pictures = digest("pictures", version, vae, config.resolution)
         self.of_captions = digest("captions", *text, config.max_sequence_length)
-        self.encoders = None  # loaded when something is to be encoded
         self.lock = threading.Lock()  # threads read at once, but encode one by one
 
-    def file(self, key):
-        return Path(self.config.encoded_dir, f"{key}.safetensors")
+    @functools.cached_property
+    def encoders(self):
+        return load_encoders(self.base, self.device)
 
-    def facts(self, key):
-        """Facts of an entry, or None where it is missing, or damaged by a copy, say."""
-        try:
-            with safe_open(self.file(key), "pt") as tensors:
-                return tensors.get_tensor("facts").tolist()
-        except (OSError, SafetensorError):
-            return None
+    def facts(self, key, encode):
+        """Facts of an entry. encode() -> (entry, facts) where it is missing, or damaged."""
+        file = Path(self.config.encoded_dir, f"{key}.safetensors")
+        with suppress(OSError, SafetensorError), safe_open(file, "pt") as tensors:
+            return tensors.get_tensor("facts").tolist()
+        entry, facts = encode()
+        tensors = {"entry": entry[0].cpu().contiguous(), "facts": torch.tensor(facts)}
+        with atomic(file) as aside:
+            aside.write_bytes(save(tensors))
+        return facts
 
-    def caption(self, cell):
-        """-> (key, tokens). Raises Failure."""
-        text = caption_of(cell)
+    def caption(self, cell, where):
+        """-> (key, tokens). Raises Failure, which says where."""
+        with explained(where):
+            text = caption_of(cell)
         key = digest(self.of_captions, text)
-        (tokens,) = self.facts(key) or self.encode(key, text)
+
+        def encode():  # one at a time: padding is attended to
+            most = self.config.max_sequence_length
+            with self.lock, torch.no_grad():
+                entry, _ = self.encoders.encode_prompt(text, None, False, max_sequence_length=most)
+            return entry, [entry.shape[1]]
+
+        (tokens,) = self.facts(key, encode)
         return key, tokens
 
-    def picture(self, cell, use):
-        """-> (key, bytes of the file, facts). Raises Failure."""
-        content, path = content_of(cell, self.folder)
+    def picture(self, cell, where, use):
+        """-> (key, bytes of the file, facts). Raises Failure, which says where."""
+        with explained(where):
+            content, path = content_of(cell, self.folder)
         key = digest(self.of_pictures, use, hashlib.sha256(content).hexdigest())
-        facts = self.facts(key)
-        if not facts:
-            with explained(path[-100:] or "bytes"):
-                decoded = decode_picture(content, use, self.config.resolution)
-            facts = self.encode(key, *decoded)
-        return key, content, facts
 
-    @torch.no_grad()
-    def encode(self, key, item, facts=None):
-        """Encodes a caption, or pixels with these facts -> facts."""
-        with self.lock:
-            if self.facts(key):  # another thread was faster
-                return self.facts(key)
-            self.encoders = self.encoders or load_encoders(self.base, self.device)
-            if isinstance(item, str):  # one at a time: padding is attended to
-                most = self.config.max_sequence_length
-                entry, _ = self.encoders.encode_prompt(item, None, False, max_sequence_length=most)
-                facts = [entry.shape[1]]
-            else:
-                pixels = item.to(self.device, self.encoders.vae.dtype)
-                entry = self.encoders.vae.encode(pixels).latent_dist.parameters
-            tensors = {"entry": entry[0].cpu().contiguous(), "facts": torch.tensor(facts)}
-            with atomic(self.file(key)) as aside:
-                aside.write_bytes(save(tensors))
-            return facts
+        def encode():
+            with explained(f"{where}: {path[-100:] or 'bytes'}"):
+                pixels, facts = decode_picture(content, use, self.config.resolution)
+            with self.lock, torch.no_grad():
+                vae = self.encoders.vae
+                return vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.parameters, facts
+
+        return key, content, self.facts(key, encode)
 
 
 def read_row(cache, rows, index):
-    """-> (Row, remarks), or (None, [what is wrong with it])."""
+    """-> (Row, remarks). Raises Failure."""
     config, cells = cache.config, rows[index]
-    try:
-        column = config.caption_column
-        with explained(f"row {index}, {column}", Failure):
-            caption_key, tokens = cache.caption(cells[column])
-        column = config.conditioning_image_column
-        with explained(f"row {index}, {column}", Failure):
-            control_key, control, facts = cache.picture(cells[column], config.control)
-        column = config.image_column
-        with explained(f"row {index}, {column}", Failure):
-            image_key, target, (width, height, _) = cache.picture(cells[column], "target")
-    except Failure as failure:
-        return None, [str(failure)]
+    columns = config.caption_column, config.conditioning_image_column, config.image_column
+    caption, control, image = ((cells[name], f"row {index}, {name}") for name in columns)
+    caption_key, tokens = cache.caption(*caption)
+    control_key, control_file, control = cache.picture(*control, config.control)
+    image_key, image_file, image = cache.picture(*image, "target")
     remarks = []
-    if min(width, height) < config.resolution:
+    if min(image[:2]) < config.resolution:
         remarks.append(f"the target is smaller than --resolution {config.resolution}")
-    if not 0.95 < width * facts[1] / (height * facts[0]) < 1.05:
+    if not 0.95 < image[0] * control[1] / (image[1] * control[0]) < 1.05:
         remarks.append("target and control differ in shape, and both become squares")
-    if config.control == "column" and control == target:
+    if config.control == "column" and control_file == image_file:
         remarks.append("the control is the target")
-    if facts[2] < 20:
+    if control[2] < 20:
         remarks.append("the control is nearly black everywhere")
     return Row(index, image_key, control_key, caption_key, tokens), remarks
 
@@ -698,47 +673,34 @@ def encode(config, base, rows, device):
     """Encodes what the cache lacks, on all ranks -> Encoded."""
     with fail_together():
         cache = Cache(config, base, device)
-        empty_key, _ = cache.caption("")
         cases = []
         for image, prompt in validation_cases(config):
-            caption_key, tokens = cache.caption(prompt)
-            control_key, *_ = cache.picture(os.path.abspath(image), config.control)
+            where = f"--validation_image {image}"
+            control_key, *_ = cache.picture(os.path.abspath(image), where, config.control)
+            caption_key, tokens = cache.caption(prompt, "--validation_prompt")
             cases.append(Row(None, None, control_key, caption_key, tokens))
-    share = range(RANK, len(rows), WORLD)
-    reading = prefetch(partial(read_row, cache, rows), share, config.dataloader_num_workers)
-    mine, size = [], 8  # rows of a round, after which the ranks ask each other for signals
-    rounds = range(0, len(rows), size * WORLD)
-    with closing(reading):
-        for _ in tqdm(rounds, "encoding", unit="row", unit_scale=size * WORLD, **BAR):
+        empty_key, _ = cache.caption("", "")
+    mine, size = [], 8 * WORLD  # rows of a round: then the ranks ask each other for signals
+    with ThreadPoolExecutor(config.dataloader_num_workers) as pool:
+        rounds = range(0, len(rows), size)
+        for first in tqdm(rounds, "encoding", unit="row", unit_scale=size, **BAR):
             raise_if_stopped(device)
+            share = range(first + RANK, min(first + size, len(rows)), WORLD)
             with fail_together():
-                mine += itertools.islice(reading, size)
-    del cache, reading  # the encoders are freed before the transformer is loaded
+                mine += pool.map(partial(read_row, cache, rows), share)
+    del cache  # frees the encoders, before the transformer is loaded
     gc.collect()
     torch.cuda.empty_cache()
     shares = all_gather_objects(mine)
-    rows_with_remarks = [shares[i % WORLD][i // WORLD] for i in range(len(rows))]
-    tell_remarks(config, rows_with_remarks)
-    usable = [row for row, _ in rows_with_remarks if row]
-    train, held_out = hold_out(usable, config.probe_samples)
-    require(train, "there are no rows to train on")
+    remarked = [shares[i % WORLD][i // WORLD] for i in range(len(rows))]
+    indices = {}  # of each remark
+    for row, remarks in remarked:
+        for remark in remarks:
+            indices.setdefault(remark, []).append(row.index)
+    for remark, of_remark in indices.items():
+        say(f"row {of_remark[0]}: {remark} ({len(of_remark)} of {len(rows)} rows)")
+    train, held_out = hold_out([row for row, _ in remarked], config.probe_samples)
     return Encoded(Path(config.encoded_dir), empty_key, train, held_out, cases)
-
-
-def tell_remarks(config, rows_with_remarks):
-    """Tells each remark once. Rows that cannot be used fail, or are left out."""
-    number = len(rows_with_remarks)
-    bad = [remarks[0] for row, remarks in rows_with_remarks if not row]
-    if bad:
-        says = f"{bad[0]} ({len(bad)} of {number} rows cannot be used)"
-        require(config.skip_bad_rows, f"{says}; --skip_bad_rows leaves them out")
-        say(says)
-    rows = {}  # of each remark
-    for row, remarks in rows_with_remarks:
-        for remark in remarks if row else ():
-            rows.setdefault(remark, []).append(row.index)
-    for remark, indices in rows.items():
-        say(f"row {indices[0]}: {remark} ({len(indices)} of {number} rows)")
 
 
 def hold_out(rows, most):
@@ -810,6 +772,16 @@ class Stream:
         u = (start + k * (5**0.5 - 1) / 2) % 1
         return self.sample(self.row(k), TIMESTEPS - int(u * TIMESTEPS), "noise", k)
 
+    def micro_batches(self, device, start):
+        """Micro-batches of this rank from number `start` on, made ahead by threads."""
+        threads = self.config.dataloader_num_workers
+        with ThreadPoolExecutor(threads) as pool:
+            make = partial(pool.submit, self.micro_batch, device)
+            ahead = deque(map(make, range(start, start + threads)))
+            for number in itertools.count(start + threads):
+                ahead.append(make(number))
+                yield ahead.popleft().result()
+
     def micro_batch(self, device, number):
         """Micro-batch `number` of this rank, see collate."""
         step, turn = divmod(number, self.config.gradient_accumulation_steps)
@@ -868,9 +840,9 @@ def probe(model, stream):
 
 @torch.no_grad()
 def draw_pictures(model, stream, base, step):
-    """Draws the user's cases and four held-out rows: control | generated ... | target -> file."""
+    """Draws the user's cases and four held-out rows: control | generated | target -> file."""
     config, encoded, device = stream.config, stream.encoded, model.device
-    if config.num_validation_images == 0:
+    if config.num_inference_steps == 0:
         return None
     rows = encoded.cases + (encoded.held_out or encoded.train)[:4]
     vae = load_encoders(base, device, text_encoder=None, tokenizer=None).vae
@@ -880,11 +852,8 @@ def draw_pictures(model, stream, base, step):
         keys = rows[n].control_key, rows[n].caption_key
         control = encoded.latents(keys[0])[None].to(device)
         prompts = [encoded.entry(key).to(device) for key in (keys[1], encoded.empty_key)]
-        latents = [control]
-        for m in range(config.num_validation_images):
-            random = generator(config.seed, "validation", *keys, m)
-            noise = torch.randn(control.shape, generator=random)
-            latents.append(euler_sample(model, noise.to(device), control, *prompts, *options))
+        noise = torch.randn(control.shape, generator=generator(config.seed, "validation", *keys))
+        latents = [control, euler_sample(model, noise.to(device), control, *prompts, *options)]
         if rows[n].image_key:
             latents.append(encoded.latents(rows[n].image_key)[None])
         cells = [vae.decode(x.to(device, vae.dtype)).sample for x in latents]
@@ -907,15 +876,12 @@ def save_picture(picture, file):
 # DeepSpeed shards the optimizer (ZeRO-2). Its state is kept by parameter, so any number of ranks
 # continues. A checkpoint is written aside and renamed: it is there whole or not at all.
 
-ENGINE = {  # what ds_config.json must say, and the choice; only "auto" where a flag decides
-    "train_micro_batch_size_per_gpu": ["auto"],
-    "gradient_accumulation_steps": ["auto"],
-    "train_batch_size": ["auto"],
-    "gradient_clipping": ["auto"],
-    "bf16.enabled": ["auto"],
+OF_FLAGS = ["train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"]
+OF_FLAGS += ["gradient_clipping", "bf16.enabled"]
+ENGINE = dict.fromkeys(OF_FLAGS, ["auto"]) | {  # what ds_config.json must say, and the choice
     "data_types.grad_accum_dtype": ["fp32", "bf16"],
     "communication_data_type": ["fp32", "bf16"],
-    "zero_optimization.stage": [1, 2],
+    "zero_optimization.stage": [2],
     "zero_optimization.overlap_comm": [True, False],
     # DeepSpeed 0.19.8 may free a larger gradient before it is sent (reduce_ipg_grads); the largest
     # weights of CogView4-6B have 4096 x 16384 numbers.
@@ -929,20 +895,10 @@ STATE = {"fp32": None, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}  # in f
 
 @dataclass(frozen=True)
 class TrainState:
-    """Steps done, those of them without finite gradients, and bytes of metrics.jsonl."""
+    """Steps done, and those of them without finite gradients."""
 
     step: int = 0
     skipped: int = 0
-    logged: int = 0
-
-
-def dotted(settings, prefix=""):
-    """Nested settings -> {"zero_optimization.stage": 2, ...}."""
-    names = {}
-    for key, value in settings.items():
-        inner = value and isinstance(value, dict)
-        names |= dotted(value, f"{prefix}{key}.") if inner else {prefix + key: value}
-    return names
 
 
 def engine_settings(config):
@@ -951,13 +907,12 @@ def engine_settings(config):
     with explained(f"--deepspeed_config {file}"):
         settings = json.loads(file.read_text())
         require(isinstance(settings, dict), "a JSON object is expected")
-        given = dotted(settings)
+        given = flatten_dict(settings)  # {"zero_optimization.stage": 2, ...}
         for name in given | ENGINE:
             value, choices = given.get(name), ENGINE.get(name)
             says = f"{name} = {json.dumps(value)}"
             require(choices, f"{says}: not known to train right (as fp16, fp8; bf16 is)")
-            fits = type(value) is type(choices[0]) and value in choices
-            require(fits, f"{says}: must be one of {choices}")
+            require(value in choices, f"{says}: must be one of {choices}")
     settings["train_micro_batch_size_per_gpu"] = config.train_batch_size
     settings["gradient_accumulation_steps"] = config.gradient_accumulation_steps
     settings["train_batch_size"] = config.total_batch_size
@@ -1003,7 +958,7 @@ def start_engine(config, settings, transformer, checkpoint=None, state=TrainStat
         **({} if offloaded else {"fused": True}),
     )
     engine, *_ = deepspeed.initialize(model=transformer, optimizer=optimizer, config=settings)
-    limit = datetime.timedelta(minutes=1.5 * config.timeout_minutes)  # as that of start_ranks
+    limit = datetime.timedelta(minutes=config.timeout_minutes)  # DeepSpeed's own is 10 minutes
     dist.set_timeout(limit, engine.data_parallel_group)
 
     # DeepSpeed makes Adam's state in the first step; to be loaded, it must be there before.
@@ -1023,9 +978,8 @@ def start_engine(config, settings, transformer, checkpoint=None, state=TrainStat
 def save_state(engine, folder):
     """Writes fp32 weights and Adam's moments, a file a parameter. All ranks must call it."""
     weights = dict(engine.module.named_parameters())
-    names = sorted(
-        weights, key=lambda name: weights[name].numel()
-    )  # those of a round are alike: nobody waits
+    # Those of a round are alike in size, so that nobody waits.
+    names = sorted(weights, key=lambda name: weights[name].numel())
     for first in tqdm(range(0, len(names), WORLD), "saving", leave=False, **BAR):
         mine = {}
         for rank, name in enumerate(names[first : first + WORLD]):
@@ -1056,36 +1010,23 @@ def save_checkpoint(engine, config, state, identity):
             os.sync()
             shutil.rmtree(folder, ignore_errors=True)  # a damaged one
             os.replace(aside, folder)
-            present = checkpoints(folder.parent).values()
-            whole = [one for one in present if whole_manifest(one)]
-            for one in set(present) - set(whole[-config.checkpoints_total_limit :]):
-                shutil.rmtree(one, ignore_errors=True)
+            for old, _ in find_checkpoints(config.output_dir)[config.checkpoints_total_limit :]:
+                shutil.rmtree(old, ignore_errors=True)
 
 
-def checkpoints(folder):
-    """The checkpoints in a folder, {step: checkpoint-<step>}, oldest first."""
-    paths = {path.name.removeprefix("checkpoint-"): path for path in folder.glob("checkpoint-*")}
-    return {int(step): paths[step] for step in sorted(filter(str.isdecimal, paths), key=int)}
-
-
-def whole_manifest(folder):
-    """Manifest of a checkpoint; {} where a file is missing or has another size."""
-    with suppress(OSError, ValueError, LookupError, TypeError):
-        manifest = json.loads((folder / "manifest.json").read_text())
-        sizes = {name: (folder / name).stat().st_size for name in manifest["files"]}
-        return manifest if sizes == manifest["files"] else {}
-    return {}
-
-
-def find_checkpoint(output_dir):
-    """(newest intact checkpoint, its manifest), or (None, {})."""
-    present = checkpoints(Path(output_dir)).values()
-    for folder in reversed(present):
-        if manifest := whole_manifest(folder):
-            return folder, manifest
-        say(f"skipping {folder}, which is damaged: files are missing or have changed their size")
-    require(not present, f"{output_dir} holds only damaged checkpoints: move them away")
-    return None, {}
+def find_checkpoints(output_dir):
+    """[(checkpoint-<step>, its manifest)] that are intact, newest first."""
+    folders, intact = list(Path(output_dir).glob("checkpoint-*")), []
+    for folder in folders:
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text())
+            sizes = {name: (folder / name).stat().st_size for name in manifest["files"]}
+            require(sizes == manifest["files"], "files have changed their size")
+            intact.append((folder, manifest))
+        except (OSError, ValueError, LookupError, Failure) as error:
+            say(f"skipping {folder}, which is damaged: {error}")
+    require(intact or not folders, f"{output_dir} holds only damaged checkpoints: move them away")
+    return sorted(intact, key=lambda one: one[1]["step"], reverse=True)
 
 
 def check_same_run(manifest, identity):
@@ -1113,30 +1054,21 @@ def raise_if_stopped(device):
 class Log:
     """metrics.jsonl, trackers and progress bar of rank 0."""
 
-    def __init__(self, config, state):
-        self.config, self.first_step = config, state.step
+    def __init__(self, config, step):
+        self.config, self.first_step = config, step
         self.file = Path(config.output_dir, "metrics.jsonl")
         self.report_to = config.report_to if RANK == 0 else "none"
         self.tracker = None
         steps = config.max_train_steps
-        self.bar = tqdm(None, "training", total=steps, initial=state.step, **BAR)
-        on_rank_0(self.cut, state.logged)
-
-    def cut(self, size):
-        """Cuts off what will be done again."""
-        with open(self.file, "ab") as file:
-            file.truncate(min(size, file.tell()))
-
-    def append(self, row):
-        """-> the size of the file."""
-        with open(self.file, "ab") as file:
-            file.write(json.dumps(row).encode() + b"\n")
-            return file.tell()
+        self.bar = tqdm(None, "training", total=steps, initial=step, **BAR)
 
     def write(self, kind, step, figures, picture=None):
-        """Writes figures of kind "train" or "probe" -> size of the file. All ranks must call it."""
+        """Writes figures of kind "train" or "probe". All ranks must call it."""
         row = {name: x if math.isfinite(x) else None for name, x in figures.items()}
-        size = on_rank_0(self.append, {"step": step} | row)
+        with fail_together():
+            if RANK == 0:
+                with open(self.file, "a") as file:
+                    file.write(json.dumps({"step": step} | row) + "\n")
         self.bar.update(step - self.bar.n)
         if self.report_to != "none":
             try:
@@ -1144,11 +1076,10 @@ class Log:
             except Exception as error:  # no network, disk or login is no reason to end the run
                 say(f"--report_to {self.report_to}: {error}; the run goes on without it")
                 self.report_to = "none"
-        return size
 
     def report(self, kind, step, figures, picture):
         """Tells tensorboard, through which wandb gets it. A continued run continues both."""
-        if not self.tracker and self.report_to != "tensorboard":
+        if not self.tracker and self.report_to == "wandb":
             wandb = importlib.import_module("wandb")
             name = self.file.with_name("wandb-id")
             if not name.exists():
@@ -1208,15 +1139,12 @@ def train(engine, stream, base, identity, state):
     """Trains from a TrainState to --max_train_steps. After a signal it fails with code 75."""
     config = stream.config
     model = VelocityModel(engine, config.resolution)
-    log = Log(config, state)
-    numbers = itertools.count(state.step * config.gradient_accumulation_steps)
-    load = partial(stream.micro_batch, model.device)
-    batches = prefetch(load, numbers, config.dataloader_num_workers)
+    log = Log(config, state.step)
+    start = state.step * config.gradient_accumulation_steps
+    batches = stream.micro_batches(model.device, start)
     saved, failed = state.step, 0
     try:
         while True:
-            # If a rank hangs, all print their stacks and end.
-            faulthandler.dump_traceback_later(60 * config.timeout_minutes, exit=True)
             last = state.step >= config.max_train_steps
 
             # Save.
@@ -1237,17 +1165,14 @@ def train(engine, stream, base, identity, state):
             rate = learning_rate(config, state.step)
             figures = train_step(engine, model, batches, config, rate)
             failed = 0 if engine.was_step_applied() else failed + 1
-            step, skipped = state.step + 1, state.skipped + (failed > 0)
-            figures |= {"samples": step * config.total_batch_size, "skipped": skipped}
-            state = TrainState(step, skipped, log.write("train", step, figures))
+            state = TrainState(state.step + 1, state.skipped + (failed > 0))
+            samples = state.step * config.total_batch_size
+            log.write("train", state.step, figures | {"samples": samples} | asdict(state))
             require(failed < 10, "10 steps in a row without finite gradients", 1)
     except Failure as failure:
         if failure.code == 75 and state.step > saved:
             save_checkpoint(engine, config, state, identity)
         raise
-    finally:
-        batches.close()
-        faulthandler.cancel_dump_traceback_later()
 
 
 # === memory and time ===
@@ -1281,11 +1206,8 @@ def cost_of_step(config, zero, transformer, cards, tokens):
     width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
     sequence = (config.resolution // PIXELS_PER_TOKEN) ** 2 + tokens
     memory = {"weights": size * weights}
-    if zero["stage"] == 2:  # summed in fp32; two buckets and one in fp32
-        memory["gradients"] = 4 * weights / cards.number
-        memory["buckets"] = zero["reduce_bucket_size"] * (2 * size + 4)
-    else:  # DeepSpeed keeps all of them, in bf16 and fp32
-        memory["gradients"] = (6 if size == 2 else 4) * weights
+    memory["gradients"] = 4 * weights / cards.number  # summed in fp32
+    memory["buckets"] = zero["reduce_bucket_size"] * (2 * size + 4)  # two, and one in fp32
     if zero["offload_optimizer"]["device"] != "cpu":  # fp32 weights and two moments
         memory["optimizer"] = 12 * weights / cards.number
     # At the peak one block is in its backward pass: 22 tensors, 4 for the gradient of gelu, and
@@ -1309,9 +1231,10 @@ def fit_engine(config, settings, transformer, cards, tokens):
         config = replace(config, recompute=choice)
         zero = zero | {"offload_optimizer": offload | {"device": device}}
         memory, flops = cost_of_step(config, zero, transformer, cards, tokens)
-        if sum(memory.values()) <= USABLE * cards.memory:
-            break  # else the last ones stand, for check_machine to refuse
-    return config, settings | {"zero_optimization": zero}, memory, flops
+        share = sum(memory.values()) / (USABLE * cards.memory)
+        if share <= 1:
+            return config, settings | {"zero_optimization": zero}, memory, flops
+    raise Failure(f"a step takes {share:.0%} of a card's memory: see --train_batch_size")
 
 
 def longest_caption(config, base, rows):
@@ -1319,12 +1242,9 @@ def longest_caption(config, base, rows):
     column, most = config.caption_column, config.max_sequence_length
     texts = [""]
     with explained(f"column {column}"):
-        cells = rows[column][:]
-    for index, cell in enumerate(cells):
-        try:
-            texts.append(caption_of(cell)[: 8 * most])  # as many tokens, but for rare texts
-        except Failure as failure:
-            require(config.skip_bad_rows, f"row {index}, {column}: {failure}")
+        for index, cell in enumerate(rows[column]):
+            with explained(f"row {index}"):
+                texts.append(caption_of(cell)[: 8 * most])  # as many tokens, but for rare texts
     longest = sorted(texts, key=lambda text: len(text.encode()))[-1000:]
     with explained(f"{base}/tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(base / "tokenizer")
@@ -1338,18 +1258,20 @@ def print_plan(config, settings, cards, rows, done, weights, memory, flops):
     total, steps = config.total_batch_size, config.max_train_steps
     needed, usable = sum(memory.values()) / 1e9, USABLE * cards.memory / 1e9
     parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in memory.items())
-    print(f"steps   {steps} of {total} samples, {done} done; {rows} rows; ZeRO-{zero['stage']}")
+    offloaded = zero["offload_optimizer"]["device"] == "cpu"
+    host = offloaded * HOST_BYTES * weights / 1e9
+    print(f"steps   {steps} of {total} samples, {done} done; {rows} rows")
     print(f"memory  {needed:.1f} of {usable:.0f} usable GB, {cards.name}: {parts}")
     print(f"        with --recompute {config.recompute}")
-    print(f"host    {TEXT_ENCODER_GB} GB for each rank while encoding")
-    if zero["offload_optimizer"]["device"] == "cpu":
-        print(f"        {HOST_BYTES * weights / 1e9:.0f} GB of all hosts together while training")
+    print(f"host    {TEXT_ENCODER_GB} GB a rank while encoding, then {host:.0f} GB in all")
     if cards.flops and config.mixed_precision == "bf16":
         least, most = (total * flops / cards.number / cards.flops / share for share in UTILISATION)
-        hours, lost = (steps - done) / 3600, config.checkpointing_steps / 3600
-        hours = f"{least * hours:.0f} to {most * hours:.0f} hours"
-        lost = f"{least * lost:.1f} to {most * lost:.1f} hours"
-        print(f"time    {least:.1f} to {most:.1f} s a step, {hours}; a crash costs up to {lost}")
+
+        def hours(steps):
+            return f"{least * steps / 3600:.1f} to {most * steps / 3600:.1f} hours"
+
+        print(f"time    {least:.1f} to {most:.1f} s a step, {hours(steps - done)}")
+        print(f"        a crash costs up to {hours(config.checkpointing_steps)}")
 
 
 # === errors, ranks and files ===
@@ -1385,7 +1307,7 @@ def explained(what, *kinds):
     except Failure as failure:
         raise Failure(f"{what}: {failure}", failure.code)
     except kinds or (OSError, ValueError) as error:
-        said = " ".join(str(error.__cause__ or error).partition(" <_io")[0].split())  # no addresses
+        said = " ".join(str(error.__cause__ or error).split())
         raise Failure(f"{what}: {type(error).__name__}: {said:.180}")
 
 
@@ -1432,21 +1354,6 @@ def on_rank_0(work, *args):
         return work(*args) if RANK == 0 else None
 
 
-def prefetch(function, items, threads):
-    """Yields function(item) in order, computed ahead by threads."""
-    waiting = []
-    pool = ThreadPoolExecutor(threads)
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > threads:
-                yield waiting.pop(0).result()
-        for future in waiting:
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def digest(*parts):
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
@@ -1477,16 +1384,6 @@ def weight_files(folder, stem):
     return files
 
 
-def check_values(file, values):
-    """Fails where a config file says another thing than these values."""
-    with explained(file):
-        found = json.loads(file.read_text())
-    for name, value in values.items():
-        allowed = value if isinstance(value, tuple) else (value,)
-        says = f"{file} says {name} = {found.get(name)}"
-        require(found.get(name) in allowed, f"{says}, CogView4-6B has {allowed[0]}")
-
-
 def find_base(config):
     """-> (folder of the base, folder of the transformer to start from), checked."""
     name = config.pretrained_model_name_or_path
@@ -1497,9 +1394,14 @@ def find_base(config):
         with explained(f"--pretrained_model_name_or_path {name}"):
             base = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     start_from = Path(config.transformer or base / "transformer")
-    check_values(base / "scheduler" / "scheduler_config.json", SCHEDULER)
-    check_values(base / "vae" / "config.json", VAE)
-    check_values(start_from / "config.json", TRANSFORMER)
+    expected = {base / "scheduler" / "scheduler_config.json": SCHEDULER}
+    expected |= {base / "vae" / "config.json": VAE, start_from / "config.json": TRANSFORMER}
+    for file, values in expected.items():
+        with explained(file):
+            found = json.loads(file.read_text())
+        for name, allowed in values.items():
+            says = f"{file} says {name} = {found.get(name)}"
+            require(found.get(name) in allowed, f"{says}, CogView4-6B has {allowed[0]}")
     if weights:
         weight_files(base / "text_encoder", "model")
         weight_files(base / "vae", "diffusion_pytorch_model")
@@ -1507,10 +1409,8 @@ def find_base(config):
     return base, start_from
 
 
-def check_machine(config, settings, transformer, cards, memory):
-    """Fails where this machine lacks what a step needs; memory: {part: bytes}."""
-    share = sum(memory.values()) / (USABLE * cards.memory)
-    require(share <= 1, f"a step takes {share:.0%} of a card's memory: see --train_batch_size")
+def check_machine(config, settings, transformer, cards):
+    """Fails where this machine lacks a compiler or GPU that a step needs."""
     offloaded = settings["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
     compiler = shutil.which("g++") or not (offloaded or config.compile)
     require(compiler, "g++ is not on the PATH: an optimizer on the host and --compile need it")
@@ -1518,40 +1418,28 @@ def check_machine(config, settings, transformer, cards, memory):
     require(gpu, "PyTorch finds no GPU")
 
 
-def lock_folders(folders, token, step):
-    """Makes the folders, with a file called `token`, and locks the first -> its lock."""
-    with explained("--output_dir, --encoded_dir"):
-        for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folders[0] / ".lock", "a")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Failure(f"{folders[0]} is in use by another run")
-        except OSError as error:  # some file systems have no locks
-            say(f"cannot lock {folders[0]}: {error}; let no other run use it")
-        whole = [n for n, folder in checkpoints(folders[0]).items() if whole_manifest(folder)]
-        newest = max(whole, default=0)  # a run that was still ending may have saved since
-        require(newest == step, f"{folders[0]} has a newer checkpoint now: start again", 1)
-        for left in folders[0].glob(".checkpoint-*.tmp"):  # of a run that was killed
-            shutil.rmtree(left)
-        for folder in folders:
-            (folder / token).touch()
-    return lock
-
-
 def enter_folders(config, settings, manifest):
     """-> the lock of output_dir. Fails unless all ranks share the folders and decided the same."""
     folders = Path(config.output_dir), Path(config.encoded_dir)
+    lock = filelock.FileLock(folders[0] / ".lock", blocking=False)
     token = all_gather_objects(f".{os.urandom(8).hex()}.tmp")[0]
-    lock = on_rank_0(lock_folders, folders, token, manifest.get("step", 0))
-    unseen = [str(folder) for folder in folders if not (folder / token).exists()]
-    unseen = sum(all_gather_objects(unseen), [])
+    with fail_together(), explained("--output_dir, --encoded_dir"):
+        if RANK == 0:
+            for folder in folders:
+                folder.mkdir(parents=True, exist_ok=True)
+            with explained(f"{folders[0]} is in use by another run", filelock.Timeout):
+                lock.acquire()
+            for folder in folders:
+                (folder / token).touch()
+    seen = [(folder / token).exists() for folder in folders]
+    views = set(all_gather_objects(digest(seen, config, settings, manifest)))
     for folder in folders:
         (folder / token).unlink(missing_ok=True)
-    require(not unseen, f"{', '.join(unseen)}: all machines must share it")
-    same = len(set(all_gather_objects(digest(config, settings, manifest)))) == 1
-    require(same, "the ranks differ in flags, cards, or the newest checkpoint that they see")
+    says = f"flags, cards, the newest checkpoint, or {config.output_dir}, {config.encoded_dir}"
+    require(len(views) == 1, f"the ranks do not see the same: {says}, which they must share")
+    if RANK == 0:
+        for left in folders[0].glob(".checkpoint-*.tmp"):  # of a run that was killed
+            shutil.rmtree(left)
     return lock
 
 
@@ -1571,7 +1459,7 @@ def describe_run(config, settings, cards):
 
 def leave_weights(folder):
     """Copies the last checkpoint's weights to output_dir, where the example leaves them."""
-    checkpoint, _ = find_checkpoint(folder)
+    (checkpoint, _), *_ = find_checkpoints(folder)
     for file in (checkpoint / "transformer").iterdir():
         with atomic(folder / file.name) as aside:
             shutil.copyfile(file, aside)
@@ -1584,8 +1472,8 @@ def run(config):
     cards = cards_of()
     config = resolve(config, cards.number)
     settings = engine_settings(config)
-    checkpoint, manifest = find_checkpoint(config.output_dir)
-    state = TrainState(*(manifest[one.name] for one in fields(TrainState) if manifest))
+    (checkpoint, manifest), *_ = find_checkpoints(config.output_dir) or [(None, {})]
+    state = TrainState(manifest.get("step", 0), manifest.get("skipped", 0))
     kept = [one.name for one in fields(config) if one.metadata.get("kept")]
     identity = {name: getattr(config, name) for name in kept}
     check_same_run(manifest, identity)
@@ -1597,12 +1485,12 @@ def run(config):
     if RANK == 0:
         numbers = len(rows), state.step, transformer.num_parameters()
         print_plan(config, settings, cards, *numbers, memory, flops)
-    check_machine(config, settings, transformer, cards, memory)
+    check_machine(config, settings, transformer, cards)
     if config.dry_run:
         return
 
     # Prepare.
-    device = start_ranks(1.5 * config.timeout_minutes)  # the watch of train() is faster
+    device = start_ranks(config.timeout_minutes)
     _lock = enter_folders(config, settings, manifest)  # held until the end
 
     # Encode.
@@ -1612,8 +1500,6 @@ def run(config):
 
     # Train.
     dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-    if checkpoint and config.transformer:
-        say(f"--transformer has no effect: the run continues from {checkpoint}")
     start_from = checkpoint / "transformer" if checkpoint else start_from
     with fail_together():
         transformer = load_transformer(start_from, dtype, device)

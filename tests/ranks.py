@@ -162,6 +162,11 @@ def be_rank(job, log, env):
         Path(log).with_suffix(".json").write_text(json.dumps(value))
 
 
+def checkpoints(folder):
+    """Steps of the checkpoints in a folder, whole or not."""
+    return sorted(int(path.name.removeprefix("checkpoint-")) for path in Path(folder).glob("checkpoint-*"))
+
+
 def main_with(argv, **functions):
     """Runs a command line with functions of the module replaced, until its end or StopIteration."""
     vars(sys.modules["cv4ctrl"]).update(functions)

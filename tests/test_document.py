@@ -17,7 +17,7 @@ from PIL import Image
 
 import cv4ctrl
 import tiny
-from ranks import command, launch, rows, same, weights
+from ranks import checkpoints, command, launch, rows, same, weights
 
 DOCUMENT = r"""
   --pretrained_model_name_or_path="THUDM/CogView4-6B" \
@@ -72,7 +72,7 @@ def document(control_base, data, tmp_path_factory):
 def test_the_command_trains_and_saves_what_it_says(document):
     run = document[0] / "pose-control"
     assert [row["step"] for row in rows(run)] == [1, 2, 3, 4]
-    assert list(cv4ctrl.checkpoints(run)) == [2, 4]
+    assert checkpoints(run) == [2, 4]
     config = json.loads((run / "run.json").read_text())["config"]
     said = {"mixed_precision": "bf16", "recompute": "all", "learning_rate": 5e-5, "total_batch_size": 1, "seed": 0}
     said |= {"adam_weight_decay": 1e-4, "lr_scheduler": "cosine", "proportion_empty_prompts": 0, "report_to": "wandb"}
@@ -102,10 +102,10 @@ def test_its_picture_of_your_case_is_what_inference_draws_with_that_control_and_
     monkeypatch.chdir(folder)
     config = cv4ctrl.Config(**json.loads((folder / "pose-control/run.json").read_text())["config"])
     cache = cv4ctrl.Cache(config, control_base, None)
-    keys = cache.picture(str(folder / "pose.jpg"), "column")[0], cache.caption(PROMPT)[0]
+    keys = cache.picture(str(folder / "pose.jpg"), "", "column")[0], cache.caption(PROMPT, "")[0]
 
     def difference(prompt, control):
-        noise = torch.randn(1, 16, 8, 8, generator=cv4ctrl.generator(0, "validation", *keys, 0))
+        noise = torch.randn(1, 16, 8, 8, generator=cv4ctrl.generator(0, "validation", *keys))
         options = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 3.5, "latents": noise}
         return np.abs(drawn - pipe(prompt=prompt, control_image=control, **options).images[0]).mean()
 

@@ -130,19 +130,17 @@ def test_a_damaged_entry_is_encoded_again(damage, encode, tmp_path):
     assert {key: file.read_bytes() for key, file in files.items()} == before
 
 
-def test_rows_that_cannot_be_used(encode, refused, flags, tmp_path, capsys):
-    good = tiny.make_rows(30)
+def test_a_row_that_cannot_be_used_ends_the_run_but_what_is_encoded_stays(encode, refused, flags, tmp_path):
+    good = tiny.make_rows(14)
     image, control, caption = good[0]
-    bad = [(b"not an image", control, caption), (image, control[:60], caption), (image, control, None)]
-    data = tiny.write_parquet(tmp_path / "data", [*good[:3], *bad[:2], *good[3:]])
-    line = refused(flags(tmp_path / "out", dataset_name=data, encoded_dir=tmp_path / "cache"), progress=True)
-    assert "row 3, image: " in line and "2 of 32" in line and "--skip_bad_rows" in line
-    (before, *encodings), (after, *more) = encode(good), encode([*good[:3], *bad, *good[3:]], skip_bad_rows=True)
-    assert encodings == more == [0, 0]  # the others were encoded and kept
-    assert "row 3, image: " in capsys.readouterr().err
-    assert sorted(by_index(after)) == [0, 1, 2, *range(6, 33)]
-    kept = [[replace(row, index=0) for row in (*found.train, *found.held_out)] for found in (before, after)]
-    assert kept[0] == kept[1] and len(after.held_out) == 3  # they do not move the choice of the others
+    for bad, column in (
+        ((b"not an image", control, caption), "image"),
+        ((image, control[:60], caption), "conditioning_image"),
+    ):
+        data = tiny.write_parquet(tmp_path / "data", [*good[:3], bad, *good[3:]])
+        line = refused(flags(tmp_path / "out", dataset_name=data, encoded_dir=tmp_path / "cache"), progress=True)
+        assert f"row 3, {column}: " in line
+    assert encode(good[:3])[1:] == (0, 0)  # those before were encoded and kept
 
 
 @torch.no_grad()
@@ -160,7 +158,7 @@ def test_validation_images_are_encoded_like_the_data(encode, refused, flags, pip
     assert torch.equal(after.entry(own.caption_key), pipe.encode_prompt(captions[0], None, False)[0][0])
     assert known == replace(by_index(before)[1], index=None, image_key=None)
     (tmp_path / "own.png").write_bytes(control[:60])
-    options = {"validation_image": "own.png", "validation_prompt": "a", "skip_bad_rows": True}
+    options = {"validation_image": "own.png", "validation_prompt": "a"}
     line = refused(flags(tmp_path / "out", encoded_dir=tmp_path / "cache", **options), progress=True)
     assert "--validation_image" in line and "own.png: no readable picture" in line
 
@@ -175,7 +173,7 @@ def test_json_lines_parquet_and_columns(config, base, device, tmp_path):
         lines.append(json.dumps(line))
     (tmp_path / "rows.jsonl").write_text("\ufeff" + "\n\n".join(lines))
     names = {"image_column": "picture", "conditioning_image_column": "edges", "caption_column": "words"}
-    jsonl = config(dataset_name=None, jsonl_for_train=tmp_path / "rows.jsonl", **names)
+    jsonl = config(dataset_name=tmp_path / "rows.jsonl", **names)
     parquet = config(dataset_name=tiny.write_parquet(tmp_path / "parquet", rows) / "train.parquet")
     found = [by_index(cv4ctrl.encode(c, base, cv4ctrl.open_dataset(c), device)) for c in (jsonl, parquet)]
     assert found[0] == found[1] and len(found[0]) == 12

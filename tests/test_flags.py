@@ -30,7 +30,7 @@ def test_a_flag_of_the_example_that_is_not_here_is_refused_by_name_and_without_i
     ("--total_batch_size 6", "total_batch_size 6"),
     ("--total_batch_size 8 --gradient_accumulation_steps 4", "total_batch_size 8 accumulation 4"),
     ("--output_dir=", "output_dir"), ("--deepspeed_config README.md", "README.md JSON"),
-    ("--dataset_name /nowhere/data", "/nowhere/data"), ("--jsonl_for_train x.jsonl", "dataset_name jsonl_for_train"),
+    ("--dataset_name /nowhere/data", "/nowhere/data"), ("--dataset_name README.md", "README.md"),
     ("--image_column photo", "photo image conditioning_image text"),
     ("--pretrained_model_name_or_path no/base", "no/base offline"),
     ("--resume_from_checkpoint checkpoint-7", "resume_from_checkpoint latest"),
@@ -48,7 +48,7 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(argv, words, fl
     'optimizer = {"type": "AdamW", "params": {"amsgrad": true}}', 'zero_optimization.zenflow = {"topk_ratio": 0.1}',
     'tensor_parallel = {"autotp_size": 2}', "bf16 = true", "bf16.check_grad_overflow = false",
     'zero_optimisation = {"stage": 2}', "zero_optimization = true",
-    *(f"zero_optimization.stage = {stage}" for stage in ("0", "3", "true", '"2"', '"auto"')),
+    *(f"zero_optimization.stage = {stage}" for stage in ("0", "1", "3", "true", '"2"', '"auto"')),
     'zero_optimization.offload_param = {"device": "cpu"}', 'zero_optimization.offload_optimizer.device = "nvme"',
     "zero_optimization.reduce_bucket_size = 67108863", 'zero_optimization.reduce_bucket_size = "auto"',
     "train_micro_batch_size_per_gpu = 4", "train_batch_size = 4", "gradient_accumulation_steps = 1",
@@ -65,7 +65,7 @@ def test_what_is_not_known_to_train_right_is_refused_by_name(setting, flags, ref
 
 def test_the_engine_gets_what_flags_and_file_say(config, tmp_path):
     options = dict(world=2, total_batch_size=16, mixed_precision="bf16", max_grad_norm=0.5)
-    file = engine_file(tmp_path, "zero_optimization.stage", 1)
+    file = engine_file(tmp_path, "zero_optimization.overlap_comm", False)
     shipped = cv4ctrl.engine_settings(config(**options))
     settings = cv4ctrl.engine_settings(config(**options, deepspeed_config=file))
     assert (settings["train_micro_batch_size_per_gpu"], settings["train_batch_size"]) == (4, 16)
@@ -73,7 +73,7 @@ def test_the_engine_gets_what_flags_and_file_say(config, tmp_path):
     assert settings["bf16"] == {"enabled": True, "check_grad_overflow": True}
     assert json.dumps(settings).count('"auto"') == 1  # offloading, which depends on model and cards
     zero, of_shipped = (found.pop("zero_optimization") for found in (settings, shipped))
-    assert settings == shipped and zero == of_shipped | {"stage": 1}
+    assert settings == shipped and zero == of_shipped | {"overlap_comm": False}
 
 
 @pytest.fixture()
@@ -82,7 +82,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a.png", "b.png"):
         Image.new("RGB", (64, 64)).save(name)
-    Path("text.png").write_text("no picture")
+    Path("folder.png").mkdir()
 
 
 @pytest.mark.parametrize("images, prompts, expected", [
@@ -90,7 +90,7 @@ def folder(tmp_path, monkeypatch):
     (["a.png", "b.png"], ["x"], [("a.png", "x"), ("b.png", "x")]),
     (["a.png"], ["x", "y"], [("a.png", "x"), ("a.png", "y")]),
     (["a.png"], [], "as many"), ([], ["x"], "as many"), (["a.png", "b.png"], ["x", "y", "z"], "as many"),
-    (["a.png", "gone.png"], ["x", "y"], "gone.png"), (["text.png"], ["x"], "--validation_image text.png: "),
+    (["a.png", "gone.png"], ["x", "y"], "gone.png"), (["folder.png"], ["x"], "--validation_image folder.png: "),
 ])  # fmt: skip
 def test_validation_cases_are_n_to_n_or_one_serves_all_and_others_are_refused(
     images, prompts, expected, folder, flags, refused, monkeypatch
@@ -108,7 +108,7 @@ def test_validation_cases_are_n_to_n_or_one_serves_all_and_others_are_refused(
 def test_an_empty_data_set_and_a_base_without_parts(flags, refused, base, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.touch()
-    line = refused(flags(tmp_path / "out", dataset_name=None, jsonl_for_train=file))
+    line = refused(flags(tmp_path / "out", dataset_name=file))
     assert line.startswith(f"cv4ctrl.py: data set {file}: ") and "empty" in line
     other = shutil.copytree(base, tmp_path / "other")
     words = flags(tmp_path / "out", pretrained_model_name_or_path=other)
@@ -140,12 +140,10 @@ def test_a_base_that_is_not_like_cogview4_is_refused(file, names, flags, refused
 def test_dry_run_sees_what_it_would_continue_from_and_writes_nothing(flags, refused, tmp_path, capsys):
     argv = [*flags(tmp_path / "out", encoded_dir=None), "--dry_run"]
     cv4ctrl.main(argv)
-    assert "2 of 4 samples, 0 done; 48 rows;" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    assert "2 of 4 samples, 0 done; 48 rows" in capsys.readouterr().out and not list(tmp_path.iterdir())
     folder = tmp_path / "out" / "checkpoint-7"
     folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text(
-        json.dumps({"step": 7, "skipped": 0, "logged": 0, "files": {}, "identity": {"seed": 0}})
-    )
+    (folder / "manifest.json").write_text(json.dumps({"step": 7, "skipped": 0, "files": {}, "identity": {"seed": 0}}))
     cv4ctrl.main(argv)
     assert "2 of 4 samples, 7 done;" in capsys.readouterr().out
     assert "seed was 0 and is 1" in refused([*argv, "--seed", 1])

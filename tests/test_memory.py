@@ -88,20 +88,19 @@ def test_activations_of_cogview4(recompute, lengths, resolution, precision, cogv
         inputs = batch_of(config, lengths, 4096)
         with Live(list(network.parameters()), model.constant, inputs) as live:
             cv4ctrl.flow_matching_loss(model, inputs).backward()
-    zero = {"stage": 2, "reduce_bucket_size": 0, "offload_optimizer": {"device": "none"}}
+    zero = {"reduce_bucket_size": 0, "offload_optimizer": {"device": "none"}}
     memory, _ = cv4ctrl.cost_of_step(config, zero, network, cv4ctrl.Cards(1, "", 80e9, 1), max(lengths))
     assert live.now == 0 and memory["activations"] == pytest.approx(live.peak, rel=0.06)
 
 
-@pytest.mark.parametrize("world, stage", [(1, 1), (1, 2), (2, 2), (2, 1)])
-def test_memory_of_a_step_of_a_real_engine(world, stage, flags):
-    ((_, (planned, measured)),) = launch(
-        world, ("test_memory.measure", [flags("unused", mixed_precision="bf16", train_batch_size=1), stage])
-    )
+@pytest.mark.parametrize("world", [1, 2])
+def test_memory_of_a_step_of_a_real_engine(world, flags):
+    argv = flags("unused", mixed_precision="bf16", train_batch_size=1)
+    ((_, (planned, measured)),) = launch(world, ("test_memory.measure", [argv]))
     assert planned == pytest.approx(measured, rel=0.05)
 
 
-def measure(argv, stage):
+def measure(argv):
     """On each rank -> [bytes planned for a step, bytes at its peak].
 
     The buckets hold just the largest weight, so that weights, gradients and Adam's state are most of it."""
@@ -110,7 +109,7 @@ def measure(argv, stage):
     folder = Path(config.pretrained_model_name_or_path, "transformer")
     largest = max(weight.numel() for weight in cv4ctrl.empty_transformer(folder).parameters())
     settings = cv4ctrl.engine_settings(config)
-    settings["zero_optimization"] |= {"stage": stage, "reduce_bucket_size": largest, "allgather_bucket_size": largest}
+    settings["zero_optimization"] |= {"reduce_bucket_size": largest, "allgather_bucket_size": largest}
     with Live() as live:
         network = cv4ctrl.load_transformer(folder, torch.bfloat16, device)
         cards = cv4ctrl.Cards(cv4ctrl.WORLD, "CPU", math.inf, 0)
@@ -129,7 +128,7 @@ def measure(argv, stage):
 # Adam's moments 76.4 / N. 0.9 of a card can be used. Activations take with 1, 4, 8 samples: none 21.9, 86.2, 172.0;
 # some 7.8, 30.2, 59.9; most 4.1, 15.2, 30.0; all 2.2, 7.7, 15.1. Offloading is last: it costs more than to recompute.
 @pytest.mark.parametrize("number, memory, samples, asked, offload, expected", [
-    (1, 42e9, 1, "auto", "auto", "all/cpu"),  # not even offloaded anything is left: for check_machine to refuse
+    (1, 42e9, 1, "auto", "auto", None),  # not even offloaded anything is left
     (1, 85e9, 1, "auto", "auto", "none/cpu"),  # 37.7 are left, without offloading nothing: 21.9 fit
     (1, 85e9, 8, "auto", "auto", "most/cpu"),  # of these 30.0
     (1, 150e9, 4, "auto", "auto", "most/none"),  # 19.8 are left: 15.2 fit, so nothing is offloaded
@@ -138,8 +137,8 @@ def measure(argv, stage):
     (8, 85e9, 8, "auto", "auto", "most/none"),  # 50.5 are left: 30.0 fit
     (64, 150e9, 4, "auto", "auto", "none/none"),  # 120.1 are left: 86.2 fit
     (64, 150e9, 8, "auto", "auto", "some/none"),  # of these 59.9
-    (2, 80e9, 4, "none", "auto", "none/cpu"), (2, 80e9, 4, "auto", "cpu", "some/cpu"),  # what is said is done
-    (2, 80e9, 4, "auto", "none", "all/none"), (2, 80e9, 4, "most", "none", "most/none"),  # which is too much
+    (2, 130e9, 4, "none", "auto", "none/cpu"), (2, 80e9, 4, "auto", "cpu", "some/cpu"),  # what is said is done
+    (2, 80e9, 4, "auto", "none", "all/none"), (2, 80e9, 4, "most", "none", None),  # which is too much
     (2, math.inf, 4, "auto", "auto", "all/none"),  # a device of unknown memory
 ])  # fmt: skip
 def test_what_is_given_up(number, memory, samples, asked, offload, expected, cogview, config, tmp_path):
@@ -148,20 +147,24 @@ def test_what_is_given_up(number, memory, samples, asked, offload, expected, cog
     config = config(world=number, mixed_precision="bf16", **options)
     model = cv4ctrl.empty_transformer(cogview / "transformer")
     cards = cv4ctrl.Cards(number, "", memory, 0)
-    chosen, settings, *_ = cv4ctrl.fit_engine(config, cv4ctrl.engine_settings(config), model, cards, 128)
-    assert f"{chosen.recompute}/{settings['zero_optimization']['offload_optimizer']['device']}" == expected
+    with contextlib.nullcontext() if expected else pytest.raises(cv4ctrl.Failure, match="a step takes .*% of a card"):
+        chosen, settings, *_ = cv4ctrl.fit_engine(config, cv4ctrl.engine_settings(config), model, cards, 128)
+    assert (
+        not expected or f"{chosen.recompute}/{settings['zero_optimization']['offload_optimizer']['device']}" == expected
+    )
 
 
-@pytest.mark.parametrize("memory, device, compiler, said", [
-    (72.1e9, "none", "g++", "a step takes 100% of a card's memory"), (72e9, "cpu", None, "g.. is not on the PATH"),
-    (72e9, "none", None, None), (72e9, "cpu", "g++", None),
+@pytest.mark.parametrize("device, compiler, said", [
+    ("cpu", None, "g.. is not on the PATH"), ("none", None, None), ("cpu", "g++", None)
 ])  # fmt: skip
-def test_what_cannot_run_is_refused(memory, device, compiler, said, config, cogview, monkeypatch):
+def test_a_machine_without_a_compiler_is_refused_where_one_is_needed(
+    device, compiler, said, config, cogview, monkeypatch
+):
     monkeypatch.setattr(cv4ctrl.shutil, "which", lambda name: compiler)
     settings = {"zero_optimization": {"offload_optimizer": {"device": device}}}
     model = cv4ctrl.empty_transformer(cogview / "transformer")
     with pytest.raises(cv4ctrl.Failure, match=said) if said else contextlib.nullcontext():
-        cv4ctrl.check_machine(config(), settings, model, cv4ctrl.Cards(8, "", 80e9, 1), {"weights": memory})
+        cv4ctrl.check_machine(config(), settings, model, cv4ctrl.Cards(8, "", 80e9, 1))
 
 
 def put_cards(monkeypatch, number, name, memory):
@@ -180,19 +183,20 @@ def test_the_printed_plan(cogview, flags, capsys, tmp_path, monkeypatch):
     flops = 6 * 12 * 28 * 4096**2 * (4096 + longest) + 12 * 28 * 4096 * (4096 + longest) ** 2  # 167e12 with 128 tokens
     cv4ctrl.main([*flags(tmp_path / "out", **common, max_train_steps=1000), "--dry_run"])
     plan = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert plan["steps"] == "1000 of 32 samples, 0 done; 48 rows; ZeRO-2"
+    assert plan["steps"] == "1000 of 32 samples, 0 done; 48 rows"
     a, b = (4 * flops / (share * 989e12) for share in (0.35, 0.2))
     hours = a * 1000 / 3600, b * 1000 / 3600
-    assert plan["time"].startswith("{:.1f} to {:.1f} s a step, {:.0f} to {:.0f} hours; ".format(a, b, *hours))
-    assert plan["time"].endswith("up to {:.1f} to {:.1f} hours".format(hours[0] / 2, hours[1] / 2))  # of 500 steps
+    assert plan["time"] == "{:.1f} to {:.1f} s a step, {:.1f} to {:.1f} hours".format(a, b, *hours)
+    assert plan["a"] == "crash costs up to {:.1f} to {:.1f} hours".format(hours[0] / 2, hours[1] / 2)  # of 500 steps
     total, parts = plan["memory"].split(" of 76 usable GB, NVIDIA H100 80GB HBM3: ")
     assert parts.startswith("weights 12.7, gradients 3.2, buckets 0.5, optimizer 9.6, activations ")
     assert float(total) < 76 and plan["with"] == "--recompute some"
     put_cards(monkeypatch, 8, "Another Card", 85e9)  # of unknown speed
-    with pytest.raises(SystemExit):  # too much, although it is offloaded
-        cv4ctrl.main([*flags(tmp_path / "out", **common, recompute="none"), "--dry_run"])
+    file = engine_file(tmp_path, "zero_optimization.offload_optimizer.device", "cpu")
+    cv4ctrl.main([*flags(tmp_path / "out", **common, deepspeed_config=file), "--dry_run"])
     text = capsys.readouterr().out
-    assert "hours" not in text and "137 GB of all hosts" in text and "optimizer" not in text
+    assert "hours" not in text and "then 137 GB in all" in text and "optimizer" not in text
+    file.unlink()
     assert not list(tmp_path.iterdir())
 
 

@@ -15,12 +15,12 @@ def test_tensorboard_and_through_it_wandb_get_every_figure_and_picture(config, d
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     Image.new("RGB", (64, 32), "red").save(tmp_path / "red.png")
-    log = cv4ctrl.Log(config(tmp_path, report_to="all"), cv4ctrl.TrainState())
+    log = cv4ctrl.Log(config(tmp_path, report_to="wandb"), 0)
     log.write("probe", 0, {"probe_loss": 0.5, "control_gain": 0.25}, tmp_path / "red.png")
     log.write("train", 1, {"loss": 0.75})
     options = wandb.init.call_args.kwargs
-    assert options["sync_tensorboard"] and options["resume"] == "allow" and options["config"]["report_to"] == "all"
-    again = cv4ctrl.Log(config(tmp_path, report_to="all"), cv4ctrl.TrainState(1))
+    assert options["sync_tensorboard"] and options["resume"] == "allow" and options["config"]["report_to"] == "wandb"
+    again = cv4ctrl.Log(config(tmp_path, report_to="wandb"), 1)
     again.write("train", 2, {"loss": 0.5})
     assert wandb.init.call_args.kwargs["id"] == options["id"]  # a continued run continues the same curves
     assert [call.kwargs["purge_step"] for call in tensorboard.SummaryWriter.call_args_list] == [1, 2]
@@ -39,7 +39,7 @@ def test_tensorboard_and_through_it_wandb_get_every_figure_and_picture(config, d
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
 def test_a_tracker_that_fails_is_dropped_with_one_line(tracker, config, device, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, tracker, None)
-    log = cv4ctrl.Log(config(tmp_path, report_to=tracker), cv4ctrl.TrainState())
+    log = cv4ctrl.Log(config(tmp_path, report_to=tracker), 0)
     for step in (1, 2, 3):
         log.write("train", step, {"loss": 0.5})
     lines = [line for line in capsys.readouterr().err.splitlines() if "cv4ctrl.py" in line]

@@ -1,8 +1,8 @@
 """Sample k is a pure function of (seed, k): ranks, threads and restarts only decide who asks for it."""
 
-import functools
 import itertools
 import threading
+from unittest import mock
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def test_one_rank_and_two_see_bitwise_the_same_samples(make):
     batches = []
     for rank, world in ((0, 1), (0, 2), (1, 2)):
         stream = make(rank, world, total_batch_size=16, train_batch_size=8 // world, proportion_empty_prompts=0.3)
-        batches.append(list(cv4ctrl.prefetch(functools.partial(stream.micro_batch, CPU), range(2, 8), 3)))
+        batches.append(list(itertools.islice(stream.micro_batches(CPU, 2), 6)))
     assert [len(of_rank) for of_rank in batches] == [6, 6, 6]
     for one, *two in zip(*batches):
         for name in ("latents", "control", "noise", "timestep"):
@@ -73,11 +73,13 @@ def test_a_step_is_sorted_by_caption_length_and_each_caption_comes_without_paddi
     assert all(a.equal(b) for a, b in zip(dealt, prompts, strict=True))
 
 
-def test_prefetch_runs_ahead_yields_in_order_and_closes():
-    barrier = threading.Barrier(3, timeout=60)  # opens when three threads wait
-    assert list(cv4ctrl.prefetch(lambda item: barrier.wait() * 0 + item, range(9), 3)) == list(range(9))
-    before, calls = threading.active_count(), []
-    endless = cv4ctrl.prefetch(calls.append, itertools.count(), 3)
-    next(endless)
-    endless.close()
-    assert threading.active_count() == before and len(calls) <= 4
+def test_threads_make_micro_batches_ahead_and_end_with_the_stream(make):
+    stream, barrier = make(dataloader_num_workers=3), threading.Barrier(3, timeout=60)  # opens when three threads wait
+    ahead = mock.Mock(side_effect=lambda device, number: barrier.wait() * 0 + number)
+    before = threading.active_count()
+    with mock.patch.object(cv4ctrl.Stream, "micro_batch", ahead):
+        batches = stream.micro_batches(CPU, 5)
+        assert list(itertools.islice(batches, 6)) == [*range(5, 11)]
+        barrier.abort()
+        batches.close()
+    assert threading.active_count() == before and ahead.call_count <= 9

@@ -81,7 +81,7 @@ class Bench:
             base = tiny.make_base(f"{folder}/base", **PROPORTIONS)
             shutil.copytree(tokenizer, base / "tokenizer", dirs_exist_ok=True)
         words = f"--pretrained_model_name_or_path {base} --output_dir {folder}/out --probe_samples 0"
-        words += " --lr_scheduler constant --num_validation_images 0 --recompute none"
+        words += " --lr_scheduler constant --num_inference_steps 0 --recompute none"
         words += " --resolution 64 --train_batch_size 4 --mixed_precision no --dataloader_num_workers 1"
         self.flags = cv4ctrl.parse([*words.split(), *flags])
         self.base = Path(self.flags.pretrained_model_name_or_path)
@@ -114,8 +114,7 @@ class Bench:
         """The trainer's micro-batches of such data, without end."""
         config = dataclasses.replace(config, dataset_name=self.data(config.resolution))
         encoded = cv4ctrl.encode(config, self.base, cv4ctrl.open_dataset(config), self.device)
-        load = functools.partial(cv4ctrl.Stream(config, encoded, 0, 1).micro_batch, self.device)
-        return cv4ctrl.prefetch(load, itertools.count(), config.dataloader_num_workers)
+        return cv4ctrl.Stream(config, encoded, 0, 1).micro_batches(self.device, 0)
 
     def times(self, *functions):
         """Seconds that functions give, called in turn, a column each."""
