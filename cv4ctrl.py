@@ -65,6 +65,9 @@ from torch.utils import checkpoint as activation_checkpoint
 from tqdm import tqdm
 from transformers.utils.generic import flatten_dict
 
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1  # of a launcher
+
 # === CogView4-6B ===
 # What the formulas take for granted. A base whose config files say otherwise, such as another scale
 # of the latents, would be trained without an error, and wrongly.
@@ -159,9 +162,10 @@ class Config:
     checkpointing_steps: int = flag(500, "steps between checkpoints")
     checkpoints_total_limit: int = flag(2, "newest checkpoints to keep")
     resume_from_checkpoint: Literal["latest"] = flag("latest", "no effect: a run always continues")
-    report_to: Literal["none", "tensorboard", "wandb"] = flag("none", "wandb: both")
+    report_to: Literal["none", "tensorboard", "wandb"] = flag(
+        "none", "tracker; wandb gets all that tensorboard gets"
+    )
     deepspeed_config: str | None = flag(None, "engine settings [the shipped ds_config.json]")
-    timeout_minutes: int = flag(120, "limit of a step with its evaluation and checkpoint")
     dry_run: bool = flag(False, "check flags, data and base, print the plan, load nothing")
 
 
@@ -545,26 +549,6 @@ class Row:
     tokens: int  # of the caption
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """The encoded data set: the cache, and the rows by their use."""
-
-    folder: Path
-    empty_key: str  # of the caption ""
-    train: list[Row]
-    held_out: list[Row]
-    cases: list[Row]  # of --validation_image
-
-    def entry(self, key):
-        """Prompt embedding (T, 4096) or posterior moments (32, h, w), bf16."""
-        return load_file(self.folder / f"{key}.safetensors")["entry"]
-
-    def latents(self, key, eps=0.0):
-        """A draw from a picture's posterior, its mean for eps 0: (16, h, w), fp32."""
-        mean, log_variance = self.entry(key).float().chunk(2)
-        return mean + (0.5 * log_variance.clamp(-30, 20)).exp() * eps  # clamped as in diffusers
-
-
 def fingerprint(folder):
     """Digest of an encoder's folder: names, sizes and samples of its files (19 GB in all)."""
     parts = []
@@ -670,7 +654,7 @@ def read_row(cache, rows, index):
 
 
 def encode(config, base, rows, device):
-    """Encodes what the cache lacks, on all ranks -> Encoded."""
+    """Encodes what the cache lacks, on all ranks -> Stream."""
     with fail_together():
         cache = Cache(config, base, device)
         cases = []
@@ -700,7 +684,7 @@ def encode(config, base, rows, device):
     for remark, of_remark in indices.items():
         say(f"row {of_remark[0]}: {remark} ({len(of_remark)} of {len(rows)} rows)")
     train, held_out = hold_out([row for row, _ in remarked], config.probe_samples)
-    return Encoded(Path(config.encoded_dir), empty_key, train, held_out, cases)
+    return Stream(config, empty_key, train, held_out, cases)
 
 
 def hold_out(rows, most):
@@ -737,20 +721,32 @@ def permutation(seed, epoch, rows):
 
 @dataclass(frozen=True)
 class Stream:
-    """The samples of a run, and the micro-batches of a rank."""
+    """The encoded data set: its rows by their use, samples, and the micro-batches of a rank."""
 
     config: Config
-    encoded: Encoded
-    rank: int
-    world: int
+    empty_key: str  # of the caption ""
+    train: list[Row]
+    held_out: list[Row]
+    cases: list[Row]  # of --validation_image
+    rank: int = RANK
+    world: int = WORLD
+
+    def entry(self, key):
+        """Prompt embedding (T, 4096) or posterior moments (32, h, w), bf16."""
+        return load_file(Path(self.config.encoded_dir, f"{key}.safetensors"))["entry"]
+
+    def latents(self, key, eps=0.0):
+        """A draw from a picture's posterior, its mean for eps 0: (16, h, w), fp32."""
+        mean, log_variance = self.entry(key).float().chunk(2)
+        return mean + (0.5 * log_variance.clamp(-30, 20)).exp() * eps  # clamped as in diffusers
 
     def row(self, k):
         """Row of sample k: every row comes once an epoch; some lose their caption."""
-        seed, rows = self.config.seed, self.encoded.train
+        seed, rows = self.config.seed, self.train
         row = rows[permutation(seed, k // len(rows), len(rows))[k % len(rows)]]
         chance = torch.rand((), generator=generator(seed, "caption", k))
         if chance < self.config.proportion_empty_prompts:
-            return replace(row, caption_key=self.encoded.empty_key, tokens=0)
+            return replace(row, caption_key=self.empty_key, tokens=0)
         return row
 
     def sample(self, row, timestep, *address):
@@ -759,10 +755,10 @@ class Stream:
         random = generator(self.config.seed, *address)
         noise, eps, control_eps = torch.randn(3, LATENT_CHANNELS, side, side, generator=random)
         return {
-            "latents": self.encoded.latents(row.image_key, eps),
-            "control": self.encoded.latents(row.control_key, control_eps),
+            "latents": self.latents(row.image_key, eps),
+            "control": self.latents(row.control_key, control_eps),
             "noise": noise,
-            "prompt": self.encoded.entry(row.caption_key),
+            "prompt": self.entry(row.caption_key),
             "timestep": torch.tensor(float(timestep)),
         }
 
@@ -821,7 +817,7 @@ def probe(model, stream):
     probe_loss: with their own control; probe_loss_swapped: with the next row's; control_gain: what
     the swap costs, 0 if the control is ignored.
     """
-    rows = stream.encoded.held_out
+    rows = stream.held_out
     if len(rows) < 2:
         return {}
     samples = [stream.sample(row, 0, "probe", n) for n, row in enumerate(rows)]
@@ -841,35 +837,32 @@ def probe(model, stream):
 @torch.no_grad()
 def draw_pictures(model, stream, base, step):
     """Draws the user's cases and four held-out rows: control | generated | target -> file."""
-    config, encoded, device = stream.config, stream.encoded, model.device
+    config, device = stream.config, model.device
     if config.num_inference_steps == 0:
         return None
-    rows = encoded.cases + (encoded.held_out or encoded.train)[:4]
+    rows = stream.cases + (stream.held_out or stream.train)[:4]
     vae = load_encoders(base, device, text_encoder=None, tokenizer=None).vae
     options = config.num_inference_steps, config.guidance_scale
 
     def draw(n):  # the band of row n, (1, 3, side, pictures x side)
         keys = rows[n].control_key, rows[n].caption_key
-        control = encoded.latents(keys[0])[None].to(device)
-        prompts = [encoded.entry(key).to(device) for key in (keys[1], encoded.empty_key)]
+        control = stream.latents(keys[0])[None].to(device)
+        prompts = [stream.entry(key).to(device) for key in (keys[1], stream.empty_key)]
         noise = torch.randn(control.shape, generator=generator(config.seed, "validation", *keys))
         latents = [control, euler_sample(model, noise.to(device), control, *prompts, *options)]
         if rows[n].image_key:
-            latents.append(encoded.latents(rows[n].image_key)[None])
-        cells = [vae.decode(x.to(device, vae.dtype)).sample for x in latents]
-        blank = [] if rows[n].image_key else [torch.ones_like(cells[0])]
-        return torch.cat(cells + blank, dim=3).cpu()
+            latents.append(stream.latents(rows[n].image_key)[None])
+        band = torch.cat([vae.decode(x.to(device, vae.dtype)).sample.cpu() for x in latents], dim=3)
+        return F.pad(band, (0, 3 * config.resolution - band.shape[3]), value=1)  # white: no target
 
     bands = spread(range(len(rows)), draw, "drawing", device)
     picture = torch.cat([bands[n] for n in range(len(rows))], dim=2)
     file = Path(config.output_dir, "validation", f"step-{step}.png")
-    on_rank_0(save_picture, picture, file)
+    with fail_together():
+        if RANK == 0:
+            file.parent.mkdir(exist_ok=True)
+            VaeImageProcessor().postprocess(picture)[0].save(file)
     return file
-
-
-def save_picture(picture, file):
-    file.parent.mkdir(exist_ok=True)
-    VaeImageProcessor().postprocess(picture)[0].save(file)
 
 
 # === engine and checkpoints ===
@@ -890,6 +883,7 @@ ENGINE = dict.fromkeys(OF_FLAGS, ["auto"]) | {  # what ds_config.json must say, 
     "zero_optimization.offload_optimizer.device": ["auto", "cpu", "none"],
     "zero_optimization.offload_optimizer.pin_memory": [True, False],
 }
+TIMEOUT = datetime.timedelta(hours=2)  # of waiting for a rank that hangs
 STATE = {"fp32": None, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}  # in files -> in DeepSpeed
 
 
@@ -922,8 +916,8 @@ def engine_settings(config):
     return settings
 
 
-def start_ranks(minutes):
-    """Joins the other ranks, with a timeout in minutes -> this rank's device."""
+def start_ranks():
+    """Joins the other ranks -> this rank's device."""
     if "RANK" not in os.environ:  # no launcher
         sizes = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
         alone = {os.environ.get(size, "1") for size in sizes} == {"1"}
@@ -937,8 +931,7 @@ def start_ranks(minutes):
     if WORLD > 1:
         say(f"waiting for {WORLD} ranks at {place}")
     with explained(f"no meeting at {place}", dist.DistError, ValueError):
-        limit = datetime.timedelta(minutes=minutes)
-        deepspeed.init_distributed(auto_mpi_discovery=False, timeout=limit, verbose=False)
+        deepspeed.init_distributed(auto_mpi_discovery=False, timeout=TIMEOUT, verbose=False)
     nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     for number in [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1] + [signal.SIGHUP] * (not nohup):
         signal.signal(number, lambda number, frame: stop_requests.append(number))
@@ -958,8 +951,7 @@ def start_engine(config, settings, transformer, checkpoint=None, state=TrainStat
         **({} if offloaded else {"fused": True}),
     )
     engine, *_ = deepspeed.initialize(model=transformer, optimizer=optimizer, config=settings)
-    limit = datetime.timedelta(minutes=config.timeout_minutes)  # DeepSpeed's own is 10 minutes
-    dist.set_timeout(limit, engine.data_parallel_group)
+    dist.set_timeout(TIMEOUT, engine.data_parallel_group)  # DeepSpeed's own is 10 minutes
 
     # DeepSpeed makes Adam's state in the first step; to be loaded, it must be there before.
     steps = state.step - state.skipped
@@ -1278,8 +1270,6 @@ def print_plan(config, settings, cards, rows, done, weights, memory, flops):
 # A user's mistake is a Failure: one line and an exit code. Anything else is a bug, and a traceback.
 # What only one rank can see, such as a full disk, it tells the others, and all end.
 
-RANK = int(os.environ.get("RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1  # of a launcher
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # else captions of many lengths fragment the memory
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 os.environ["PATH"] += f":{Path(sys.executable).parent}"  # of ninja, which DeepSpeed calls by name
@@ -1346,12 +1336,6 @@ def fail_together():
         error = f"rank {RANK}: {caught}", getattr(caught, "code", 1)
     for error in filter(None, all_gather_objects(error)):
         raise Failure(*error)
-
-
-def on_rank_0(work, *args):
-    """work(*args) on rank 0, whose errors of files end all ranks. All ranks must call it."""
-    with fail_together():
-        return work(*args) if RANK == 0 else None
 
 
 def digest(*parts):
@@ -1490,12 +1474,12 @@ def run(config):
         return
 
     # Prepare.
-    device = start_ranks(config.timeout_minutes)
+    device = start_ranks()
     _lock = enter_folders(config, settings, manifest)  # held until the end
 
     # Encode.
-    encoded = encode(config, base, rows, device)
-    identity["training data"] = f"{len(encoded.train)} rows, digest {digest(*encoded.train)}"
+    stream = encode(config, base, rows, device)
+    identity["training data"] = f"{len(stream.train)} rows, digest {digest(*stream.train)}"
     check_same_run(manifest, identity)
 
     # Train.
@@ -1505,9 +1489,13 @@ def run(config):
         transformer = load_transformer(start_from, dtype, device)
     recompute(transformer, config.recompute, config.compile)
     engine = start_engine(config, settings, transformer, checkpoint, state)
-    on_rank_0(describe_run, config, settings, cards)
-    train(engine, Stream(config, encoded, RANK, WORLD), base, identity, state)
-    on_rank_0(leave_weights, Path(config.output_dir))
+    with fail_together():
+        if RANK == 0:
+            describe_run(config, settings, cards)
+    train(engine, stream, base, identity, state)
+    with fail_together():
+        if RANK == 0:
+            leave_weights(Path(config.output_dir))
     dist.destroy_process_group()
 
 

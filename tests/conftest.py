@@ -84,7 +84,7 @@ def device():
     """This process as the only rank; the end of a run does not end that."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cv4ctrl.dist, "destroy_process_group", lambda: None)
-        device = cv4ctrl.start_ranks(30)
+        device = cv4ctrl.start_ranks()
         cv4ctrl.signal.signal(cv4ctrl.signal.SIGINT, cv4ctrl.signal.default_int_handler)  # Ctrl-C ends the tests
         yield device
 

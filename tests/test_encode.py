@@ -20,7 +20,7 @@ import tiny
 
 @pytest.fixture()
 def encode(config, base, device, tmp_path):
-    """Encodes rows of (image, control, caption) -> (Encoded, pictures and captions that went through the encoders)."""
+    """Encodes rows of (image, control, caption) -> (Stream, pictures and captions that went through the encoders)."""
 
     def run(rows, base=base, **options):
         columns = ("image", "conditioning_image", "text")

@@ -67,14 +67,14 @@ def test_three_steps_equal_torch(world, limit, base, config, flags, encoded, dev
         settings["zero_optimization"]["offload_optimizer"]["device"] = "none"
         network = tiny.load(base)
         engine = cv4ctrl.start_engine(asked, settings, network)
-        figures, found = take_steps(engine, cv4ctrl.Stream(asked, encoded, 0, 1))
+        figures, found = take_steps(engine, cv4ctrl.replace(encoded, config=asked))
     else:
         argv = flags(tmp_path / "run", train_batch_size=2, **options)
         ((code, figures),) = ranks.launch(2, ("test_engine.three_steps", [argv, tmp_path / "weights.safetensors"]))
         found = ranks.weights(tmp_path)
     whole = config(train_batch_size=8, **options | {"gradient_accumulation_steps": 1})
     model = cv4ctrl.VelocityModel(tiny.load(base), 64)
-    expected, weights = plain_steps(model, cv4ctrl.Stream(whole, encoded, 0, 1), limit)
+    expected, weights = plain_steps(model, cv4ctrl.replace(encoded, config=whole), limit)
     for (loss, norm), (expected_loss, expected_norm) in zip(figures, expected, strict=True):
         assert (loss, norm) == pytest.approx((expected_loss, expected_norm), rel=1e-5)
         assert limit == 0 or (expected_norm > 2 * limit) == (limit < 1)

@@ -20,7 +20,7 @@ def model(base):
 
 @pytest.fixture()
 def stream(encoded, config, tmp_path):
-    return cv4ctrl.Stream(config(tmp_path, num_inference_steps=2), encoded, 0, 1)
+    return dataclasses.replace(encoded, config=config(tmp_path, num_inference_steps=2))
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def test_pictures_of_a_run_without_cases_of_the_user_and_with_one(
     config = config(tmp_path, num_inference_steps=2, **asked)
     encoded = cv4ctrl.encode(config, base, cv4ctrl.open_dataset(config), device)
     with mock.patch.object(cv4ctrl, "euler_sample", wraps=cv4ctrl.euler_sample) as sampler:
-        found = bands(cv4ctrl.draw_pictures(model, cv4ctrl.Stream(config, encoded, 0, 1), base, 5))
+        found = bands(cv4ctrl.draw_pictures(model, encoded, base, 5))
     assert found.keys() == {(y, x) for y in range(1 + 4) for x in range(3)}
     assert all((found[y + 1, x] == before[y, x]).all() for y, x in before)
     noises = [call.args[1] for call in sampler.call_args_list]
@@ -105,5 +105,4 @@ def test_the_probe_computed_again_from_its_definition(stream, encoded, model):
     assert cv4ctrl.probe(model, stream) == figures
     expected = {"probe_loss": own, "probe_loss_swapped": other, "control_gain": other / own - 1}
     assert figures == pytest.approx(expected, rel=1e-4) and abs(figures["control_gain"]) > 1e-4
-    alone = dataclasses.replace(encoded, held_out=encoded.held_out[:1])
-    assert cv4ctrl.probe(model, dataclasses.replace(stream, encoded=alone)) == {}
+    assert cv4ctrl.probe(model, dataclasses.replace(stream, held_out=stream.held_out[:1])) == {}

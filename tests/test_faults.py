@@ -298,9 +298,14 @@ def test_another_number_of_ranks_or_offloading_goes_on(optimizer, world, words, 
     assert same(weights(half), weights(undisturbed), 1e-5)
 
 
+def impatient(argv):
+    """Job: a run whose ranks wait for each other for a minute, and not for hours."""
+    main_with(argv, TIMEOUT=cv4ctrl.TIMEOUT / 120)
+
+
 @pytest.mark.long
 def test_a_rank_that_hangs_ends_the_run(run, words, tmp_path):
-    """Rank 1 is stopped: after --timeout_minutes rank 0 says where it waited, and ends."""
+    """Rank 1 is stopped: after a time rank 0 says where it waited, and ends."""
 
     def stop(pids):
         until(lambda: reached(tmp_path / "run") > 2)
@@ -308,7 +313,7 @@ def test_a_rank_that_hangs_ends_the_run(run, words, tmp_path):
         until(lambda: "Traceback" in (tmp_path / "log" / "rank-0.log").read_text())
         os.kill(pids[1], signal.SIGCONT)
 
-    codes, text = run(words(tmp_path / "run", timeout_minutes=1, max_train_steps=4000), hurt=stop)
+    codes, text = run(("test_faults.impatient", [words(tmp_path / "run", max_train_steps=4000)]), hurt=stop)
     assert codes[0] == 1 and "Timed out" in text and "in train" in text, text
 
 

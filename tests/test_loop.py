@@ -88,7 +88,7 @@ def test_gradients_of_the_engine_equal_plain_autograd(flags, config, encoded, ba
     argv = flags(tmp_path / "run", encoded_dir=tmp_path / "cache", **options)
     launch(2, ("gradients", [argv, tmp_path / "gradients.safetensors"]))
     model = tiny.load(base)
-    stream = cv4ctrl.Stream(config(train_batch_size=8, proportion_empty_prompts=0.2), encoded, 0, 1)
+    stream = cv4ctrl.replace(encoded, config=config(train_batch_size=8, proportion_empty_prompts=0.2))
     batch = stream.micro_batch(torch.device("cpu"), 0)
     cv4ctrl.flow_matching_loss(cv4ctrl.VelocityModel(model, 64), batch).backward()
     found = weights(tmp_path)

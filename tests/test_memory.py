@@ -104,7 +104,7 @@ def measure(argv):
     """On each rank -> [bytes planned for a step, bytes at its peak].
 
     The buckets hold just the largest weight, so that weights, gradients and Adam's state are most of it."""
-    device = cv4ctrl.start_ranks(30)
+    device = cv4ctrl.start_ranks()
     config = cv4ctrl.resolve(cv4ctrl.parse(argv), cv4ctrl.WORLD)
     folder = Path(config.pretrained_model_name_or_path, "transformer")
     largest = max(weight.numel() for weight in cv4ctrl.empty_transformer(folder).parameters())

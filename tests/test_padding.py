@@ -76,11 +76,11 @@ def test_attention_gets_no_mask_and_is_called_once_for_a_batch_of_one_length(mod
     assert calls == [((size, 4, 16 + length, 16), None, False) for length, size in of_block] * 2  # blocks
 
 
-def test_draws_from_a_posterior_are_those_of_diffusers_also_where_its_variance_is_extreme(tmp_path):
+def test_draws_from_a_posterior_are_those_of_diffusers_also_where_its_variance_is_extreme(encoded, tmp_path):
     """Log-variances of 50 and -50 are clamped."""
     moments = torch.cat([torch.zeros(16, 8, 8), torch.linspace(-50, 50, 16 * 64).view(16, 8, 8)]).bfloat16()
     save_file({"entry": moments}, tmp_path / "key.safetensors")
-    encoded = cv4ctrl.Encoded(tmp_path, "", [], [], [])
+    encoded = cv4ctrl.replace(encoded, config=cv4ctrl.replace(encoded.config, encoded_dir=tmp_path))
     posterior = DiagonalGaussianDistribution(moments[None].float())
     eps = torch.randn(16, 8, 8)
     assert torch.equal(encoded.latents("key", eps), (posterior.mean + posterior.std * eps)[0])

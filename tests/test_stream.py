@@ -14,7 +14,10 @@ CPU = torch.device("cpu")
 
 @pytest.fixture()
 def make(encoded, config):
-    return lambda rank=0, world=1, **options: cv4ctrl.Stream(config(world=world, **options), encoded, rank, world)
+    def run(rank=0, world=1, **options):
+        return cv4ctrl.replace(encoded, config=config(world=world, **options), rank=rank, world=world)
+
+    return run
 
 
 def test_one_rank_and_two_see_bitwise_the_same_samples(make):

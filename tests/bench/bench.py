@@ -70,7 +70,7 @@ class Bench:
 
     def __init__(self, options, flags, folder):
         self.options = options
-        self.device = cv4ctrl.start_ranks(60)
+        self.device = cv4ctrl.start_ranks()
         self.folder = Path(folder)
         base = ROOT / "tests/demo/base"
         if options.width:
@@ -113,8 +113,8 @@ class Bench:
     def batches(self, config):
         """The trainer's micro-batches of such data, without end."""
         config = dataclasses.replace(config, dataset_name=self.data(config.resolution))
-        encoded = cv4ctrl.encode(config, self.base, cv4ctrl.open_dataset(config), self.device)
-        return cv4ctrl.Stream(config, encoded, 0, 1).micro_batches(self.device, 0)
+        stream = cv4ctrl.encode(config, self.base, cv4ctrl.open_dataset(config), self.device)
+        return stream.micro_batches(self.device, 0)
 
     def times(self, *functions):
         """Seconds that functions give, called in turn, a column each."""
