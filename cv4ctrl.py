@@ -1158,8 +1158,8 @@ def train(engine, stream, base, identity, state):
             figures = train_step(engine, model, batches, config, rate)
             failed = 0 if engine.was_step_applied() else failed + 1
             state = TrainState(state.step + 1, state.skipped + (failed > 0))
-            samples = state.step * config.total_batch_size
-            log.write("train", state.step, figures | {"samples": samples} | asdict(state))
+            figures["samples"] = state.step * config.total_batch_size
+            log.write("train", state.step, figures | {"skipped": state.skipped})
             require(failed < 10, "10 steps in a row without finite gradients", 1)
     except Failure as failure:
         if failure.code == 75 and state.step > saved:
@@ -1413,6 +1413,8 @@ def enter_folders(config, settings, manifest):
                 folder.mkdir(parents=True, exist_ok=True)
             with explained(f"{folders[0]} is in use by another run", filelock.Timeout):
                 lock.acquire()
+            for left in folders[0].glob(".checkpoint-*.tmp"):  # of a run that was killed
+                shutil.rmtree(left)
             for folder in folders:
                 (folder / token).touch()
     seen = [(folder / token).exists() for folder in folders]
@@ -1421,9 +1423,6 @@ def enter_folders(config, settings, manifest):
         (folder / token).unlink(missing_ok=True)
     says = f"flags, cards, the newest checkpoint, or {config.output_dir}, {config.encoded_dir}"
     require(len(views) == 1, f"the ranks do not see the same: {says}, which they must share")
-    if RANK == 0:
-        for left in folders[0].glob(".checkpoint-*.tmp"):  # of a run that was killed
-            shutil.rmtree(left)
     return lock
 
 
