@@ -95,8 +95,6 @@ TRANSFORMER = {"in_channels": [16, 32], "out_channels": [16], "patch_size": [2]}
 # A flag's metadata holds its limits: least (1 for whole numbers, else 0), most, multiple_of. kept:
 # a continued run must keep it, since it decides the samples, or what the saved state means.
 
-SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
-
 
 def flag(default, help, **limits):
     return field(default=default, metadata={"help": help} | limits)
@@ -140,7 +138,9 @@ class Config:
     # Optimizer
     max_train_steps: int = flag(50_000, "optimizer steps")
     learning_rate: float = flag(5e-5, "peak learning rate, after the warm-up")
-    lr_scheduler: Literal[SCHEDULES] = flag("cosine", "shape of the learning rate")
+    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = flag(
+        "cosine", "shape of the learning rate"
+    )
     lr_warmup_steps: int = flag(1000, "steps of linear warm-up", least=0)
     adam_beta1: float = flag(0.9, "decay of the first moment", most=0.99999)
     adam_beta2: float = flag(0.999, "decay of the second moment", most=0.99999)
@@ -653,6 +653,12 @@ def read_row(cache, rows, index):
     return Row(index, image_key, control_key, caption_key, tokens), remarks
 
 
+def read_rows(cache, rows, indices):
+    """[read_row] at these indices, in threads."""
+    with ThreadPoolExecutor(cache.config.dataloader_num_workers) as pool:
+        return list(pool.map(partial(read_row, cache, rows), indices))
+
+
 def encode(config, base, rows, device):
     """Encodes what the cache lacks, on all ranks -> Stream."""
     with fail_together():
@@ -664,25 +670,16 @@ def encode(config, base, rows, device):
             caption_key, tokens = cache.caption(prompt, "--validation_prompt")
             cases.append(Row(None, None, control_key, caption_key, tokens))
         empty_key, _ = cache.caption("", "")
-    mine, size = [], 8 * WORLD  # rows of a round: then the ranks ask each other for signals
-    with ThreadPoolExecutor(config.dataloader_num_workers) as pool:
-        rounds = range(0, len(rows), size)
-        for first in tqdm(rounds, "encoding", unit="row", unit_scale=size, **BAR):
-            raise_if_stopped(device)
-            share = range(first + RANK, min(first + size, len(rows)), WORLD)
-            with fail_together():
-                mine += pool.map(partial(read_row, cache, rows), share)
+    eights = [range(len(rows))[n : n + 8] for n in range(0, len(rows), 8)]
+    lists = spread(eights, partial(read_rows, cache, rows), "encoding", device)
+    remarked = list(itertools.chain(*lists))
     del cache  # frees the encoders, before the transformer is loaded
     gc.collect()
     torch.cuda.empty_cache()
-    shares = all_gather_objects(mine)
-    remarked = [shares[i % WORLD][i // WORLD] for i in range(len(rows))]
-    indices = {}  # of each remark
-    for row, remarks in remarked:
-        for remark in remarks:
-            indices.setdefault(remark, []).append(row.index)
-    for remark, of_remark in indices.items():
-        say(f"row {of_remark[0]}: {remark} ({len(of_remark)} of {len(rows)} rows)")
+    counts = Counter(remark for _, remarks in remarked for remark in remarks)
+    for remark, count in counts.items():
+        first = next(row.index for row, remarks in remarked if remark in remarks)
+        say(f"row {first}: {remark} ({count} of {len(rows)} rows)")
     train, held_out = hold_out([row for row, _ in remarked], config.probe_samples)
     return Stream(config, empty_key, train, held_out, cases)
 
@@ -801,15 +798,6 @@ def collate(samples, device):
 # own control against another's, and pictures.
 
 
-def spread(jobs, work, title, device):
-    """{job: work(job)}, spread over the ranks, one a round. Stops at a signal."""
-    mine = {}
-    for first in tqdm(range(0, len(jobs), WORLD), title, leave=False, **BAR):
-        raise_if_stopped(device)
-        mine.update({job: work(job) for job in jobs[first:][RANK : RANK + 1]})
-    return {job: result for share in all_gather_objects(mine) for job, result in share.items()}
-
-
 @torch.no_grad()
 def probe(model, stream):
     """Losses of held-out rows with fixed noise at t = 100 ... 900; {} for fewer than two rows.
@@ -829,8 +817,8 @@ def probe(model, stream):
         return flow_matching_loss(model, collate([sample], model.device)).item()
 
     jobs = list(itertools.product((0, 1), range(100, 901, 100), range(len(rows))))
-    losses = spread(jobs, loss, "probing", model.device)
-    own, swapped = torch.tensor([losses[job] for job in jobs]).double().view(2, -1).mean(1).tolist()
+    losses = torch.tensor(spread(jobs, loss, "probing", model.device)).double()
+    own, swapped = losses.view(2, -1).mean(1).tolist()
     return {"probe_loss": own, "probe_loss_swapped": swapped, "control_gain": swapped / own - 1}
 
 
@@ -844,19 +832,18 @@ def draw_pictures(model, stream, base, step):
     vae = load_encoders(base, device, text_encoder=None, tokenizer=None).vae
     options = config.num_inference_steps, config.guidance_scale
 
-    def draw(n):  # the band of row n, (1, 3, side, pictures x side)
-        keys = rows[n].control_key, rows[n].caption_key
+    def draw(row):  # -> (1, 3, side, 3 side)
+        keys = row.control_key, row.caption_key
         control = stream.latents(keys[0])[None].to(device)
         prompts = [stream.entry(key).to(device) for key in (keys[1], stream.empty_key)]
         noise = torch.randn(control.shape, generator=generator(config.seed, "validation", *keys))
         latents = [control, euler_sample(model, noise.to(device), control, *prompts, *options)]
-        if rows[n].image_key:
-            latents.append(stream.latents(rows[n].image_key)[None])
+        if row.image_key:
+            latents.append(stream.latents(row.image_key)[None])
         band = torch.cat([vae.decode(x.to(device, vae.dtype)).sample.cpu() for x in latents], dim=3)
         return F.pad(band, (0, 3 * config.resolution - band.shape[3]), value=1)  # white: no target
 
-    bands = spread(range(len(rows)), draw, "drawing", device)
-    picture = torch.cat([bands[n] for n in range(len(rows))], dim=2)
+    picture = torch.cat(spread(rows, draw, "drawing", device), dim=2)
     file = Path(config.output_dir, "validation", f"step-{step}.png")
     with fail_together():
         if RANK == 0:
@@ -1324,6 +1311,17 @@ def all_gather_objects(item):
     items = [None] * WORLD
     dist.all_gather_object(items, item)
     return items
+
+
+def spread(jobs, work, title, device):
+    """[work(job) for job in jobs], where the ranks take turns. Stops between them at a signal."""
+    mine = []
+    for first in tqdm(range(0, len(jobs), WORLD), title, leave=False, **BAR):
+        raise_if_stopped(device)
+        with fail_together():
+            mine += map(work, jobs[first + RANK : first + RANK + 1])
+    shares = all_gather_objects(mine)
+    return [shares[n % WORLD][n // WORLD] for n in range(len(jobs))]
 
 
 @contextmanager
