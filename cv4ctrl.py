@@ -199,8 +199,8 @@ def check(config):
             least = limits.get("least", 1 if type(value) is int else 0)
             most = limits.get("most", 2**63 - 1)
             require(least <= value <= most, f"{says} from {least} to {most}")
-            step = limits.get("multiple_of", value or 1)
-            require(value % step == 0, f"{says} a multiple of {step}")
+            step = limits.get("multiple_of")
+            require(not step or value % step == 0, f"{says} a multiple of {step}")
     validation_cases(config)
 
 
@@ -211,8 +211,8 @@ def validation_cases(config):
         require(os.path.isfile(image), f"--validation_image {image}: no such file")
     count = max(len(images), len(prompts))
     fit = {len(images), len(prompts)} <= {1, count}  # each is 1 or count
-    require(fit, "--validation_image, --validation_prompt: give as many of both, or one of either")
-    return list(zip(images * count, prompts * count))[:count]
+    require(fit, "--validation_image, --validation_prompt: give both, as many or one of either")
+    return list(zip(images * count, prompts * count))[:count]  # the shorter list is repeated
 
 
 def resolve(config, world):
@@ -279,7 +279,7 @@ class PrefixAttention:
     def __call__(
         self, attn, hidden_states, encoder_hidden_states, image_rotary_emb, neighbours, **_
     ):
-        """Image (B, N, D), captions (B, T, D), neighbours [(first, end, length)] -> both."""
+        """Image (B, N, D), captions (B, T, D), neighbours [(length, how many)] -> both."""
         image_tokens = hidden_states.shape[1]
         x = torch.cat([hidden_states, encoder_hidden_states], dim=1)  # (B, S, D), S = N + T
 
@@ -294,12 +294,12 @@ class PrefixAttention:
         query = rotated(attn.to_q, attn.norm_q)
         key = rotated(attn.to_k, attn.norm_k)
         value = attn.to_v(x).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+        lengths, counts = zip(*neighbours)
         outputs = []
-        for first, end, length in neighbours:
-            own = image_tokens + length
-            slices = (tensor[first:end, :, :own] for tensor in (query, key, value))
-            output = F.scaled_dot_product_attention(*slices).transpose(1, 2).flatten(2)
-            padding = x.shape[1] - own
+        for length, *qkv in zip(lengths, *(heads.split(counts) for heads in (query, key, value))):
+            own = (heads[:, :, : image_tokens + length] for heads in qkv)
+            output = F.scaled_dot_product_attention(*own).transpose(1, 2).flatten(2)
+            padding = encoder_hidden_states.shape[1] - length
             outputs.append(F.pad(output, (0, 0, 0, padding)) if padding else output)
         x = attn.to_out[0](torch.cat(outputs) if len(outputs) > 1 else outputs[0])
         return x[:, :image_tokens], x[:, image_tokens:]
@@ -312,7 +312,10 @@ KEPT_PER_BLOCK = {"none": 22, "some": 7, "most": 3, "all": 1}
 
 
 def recompute(transformer, choice, compiled=False):
-    """Makes the blocks keep what KEPT_PER_BLOCK says, and compiles them."""
+    """Makes the blocks keep what KEPT_PER_BLOCK says, and compiles them.
+
+    In training, diffusers calls run_block(block, *inputs) for each block.
+    """
     policies = activation_checkpoint.CheckpointPolicy
 
     def policy(context, operator, *args, **kwargs):
@@ -336,7 +339,7 @@ def recompute(transformer, choice, compiled=False):
     if compiled:  # block and checkpoint together: no policy sees inside a compiled block
         torch._dynamo.config.recompile_limit = 64  # one for each grouping of caption lengths
         run_block = torch.compile(run_block)
-    if compiled or choice != "none":  # in training, diffusers calls run_block(block, ...)
+    if compiled or choice != "none":
         transformer.enable_gradient_checkpointing(run_block)
 
 
@@ -362,10 +365,8 @@ class VelocityModel:
 
     def __call__(self, noisy, control, prompts, timestep):
         """noisy, control (B, 16, h, w), prompts B x (T, 4096), timestep (B,) -> (B, 16, h, w)."""
-        neighbours = []  # few, since the prompts of a micro-batch come sorted
-        for length, group in itertools.groupby(map(len, prompts)):
-            first = neighbours[-1][1] if neighbours else 0
-            neighbours.append((first, first + len(list(group)), length))
+        lengths = itertools.groupby(map(len, prompts))  # few, since a micro-batch comes sorted
+        neighbours = [(length, len(list(equal))) for length, equal in lengths]
         return self.network(
             hidden_states=torch.cat([noisy, control], dim=1).to(self.dtype),
             encoder_hidden_states=pad_sequence(prompts, batch_first=True).to(self.dtype),
@@ -591,12 +592,12 @@ class Cache:
     def encoders(self):
         return load_encoders(self.base, self.device)
 
-    def facts(self, key, encode):
-        """Facts of an entry. encode() -> (entry, facts) where it is missing, or damaged."""
+    def facts(self, key, make):
+        """Facts of an entry. make() -> (entry, facts) where it is missing, or damaged."""
         file = Path(self.config.encoded_dir, f"{key}.safetensors")
         with suppress(OSError, SafetensorError), safe_open(file, "pt") as tensors:
             return tensors.get_tensor("facts").tolist()
-        entry, facts = encode()
+        entry, facts = make()
         tensors = {"entry": entry[0].cpu().contiguous(), "facts": torch.tensor(facts)}
         with atomic(file) as aside:
             aside.write_bytes(save(tensors))
@@ -608,13 +609,13 @@ class Cache:
             text = caption_of(cell)
         key = digest(self.of_captions, text)
 
-        def encode():  # one at a time: padding is attended to
+        def make():  # one at a time: padding is attended to
             most = self.config.max_sequence_length
             with self.lock, torch.no_grad():
                 entry, _ = self.encoders.encode_prompt(text, None, False, max_sequence_length=most)
             return entry, [entry.shape[1]]
 
-        (tokens,) = self.facts(key, encode)
+        (tokens,) = self.facts(key, make)
         return key, tokens
 
     def picture(self, cell, where, use):
@@ -623,14 +624,14 @@ class Cache:
             content, path = content_of(cell, self.folder)
         key = digest(self.of_pictures, use, hashlib.sha256(content).hexdigest())
 
-        def encode():
+        def make():
             with explained(f"{where}: {path[-100:] or 'bytes'}"):
                 pixels, facts = decode_picture(content, use, self.config.resolution)
             with self.lock, torch.no_grad():
                 vae = self.encoders.vae
                 return vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.parameters, facts
 
-        return key, content, self.facts(key, encode)
+        return key, content, self.facts(key, make)
 
 
 def read_row(cache, rows, index):
@@ -670,8 +671,8 @@ def encode(config, base, rows, device):
             caption_key, tokens = cache.caption(prompt, "--validation_prompt")
             cases.append(Row(None, None, control_key, caption_key, tokens))
         empty_key, _ = cache.caption("", "")
-    eights = [range(len(rows))[n : n + 8] for n in range(0, len(rows), 8)]
-    lists = spread(eights, partial(read_rows, cache, rows), "encoding", device)
+    chunks = [range(len(rows))[n : n + 8] for n in range(0, len(rows), 8)]
+    lists = spread(chunks, partial(read_rows, cache, rows), "encoding", device)
     remarked = list(itertools.chain(*lists))
     del cache  # frees the encoders, before the transformer is loaded
     gc.collect()
@@ -823,8 +824,8 @@ def probe(model, stream):
 
 
 @torch.no_grad()
-def draw_pictures(model, stream, base, step):
-    """Draws the user's cases and four held-out rows: control | generated | target -> file."""
+def draw_pictures(model, stream, base):
+    """Picture of the user's cases and four held-out rows: control | generated | target."""
     config, device = stream.config, model.device
     if config.num_inference_steps == 0:
         return None
@@ -843,22 +844,15 @@ def draw_pictures(model, stream, base, step):
         band = torch.cat([vae.decode(x.to(device, vae.dtype)).sample.cpu() for x in latents], dim=3)
         return F.pad(band, (0, 3 * config.resolution - band.shape[3]), value=1)  # white: no target
 
-    picture = torch.cat(spread(rows, draw, "drawing", device), dim=2)
-    file = Path(config.output_dir, "validation", f"step-{step}.png")
-    with fail_together():
-        if RANK == 0:
-            file.parent.mkdir(exist_ok=True)
-            VaeImageProcessor().postprocess(picture)[0].save(file)
-    return file
+    bands = torch.cat(spread(rows, draw, "drawing", device), dim=2)
+    return VaeImageProcessor().postprocess(bands)[0]
 
 
 # === engine and checkpoints ===
 # DeepSpeed shards the optimizer (ZeRO-2). Its state is kept by parameter, so any number of ranks
 # continues. A checkpoint is written aside and renamed: it is there whole or not at all.
 
-OF_FLAGS = ["train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"]
-OF_FLAGS += ["gradient_clipping", "bf16.enabled"]
-ENGINE = dict.fromkeys(OF_FLAGS, ["auto"]) | {  # what ds_config.json must say, and the choice
+ENGINE = {  # what ds_config.json must say, and the choice; what flags say is "auto" there
     "data_types.grad_accum_dtype": ["fp32", "bf16"],
     "communication_data_type": ["fp32", "bf16"],
     "zero_optimization.stage": [2],
@@ -884,23 +878,31 @@ class TrainState:
 
 def engine_settings(config):
     """What ds_config.json says about the engine, and the flags."""
+    of_flags = {
+        "train_micro_batch_size_per_gpu": config.train_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "train_batch_size": config.total_batch_size,
+        "gradient_clipping": config.max_grad_norm,
+    }
+    expected = dict.fromkeys([*of_flags, "bf16.enabled"], ["auto"]) | ENGINE
     file = Path(config.deepspeed_config or Path(__file__).with_name("ds_config.json"))
     with explained(f"--deepspeed_config {file}"):
         settings = json.loads(file.read_text())
         require(isinstance(settings, dict), "a JSON object is expected")
         given = flatten_dict(settings)  # {"zero_optimization.stage": 2, ...}
-        for name in given | ENGINE:
-            value, choices = given.get(name), ENGINE.get(name)
+        for name in given | expected:
+            value, choices = given.get(name), expected.get(name)
             says = f"{name} = {json.dumps(value)}"
             require(choices, f"{says}: not known to train right (as fp16, fp8; bf16 is)")
-            require(value in choices, f"{says}: must be one of {choices}")
-    settings["train_micro_batch_size_per_gpu"] = config.train_batch_size
-    settings["gradient_accumulation_steps"] = config.gradient_accumulation_steps
-    settings["train_batch_size"] = config.total_batch_size
-    settings["gradient_clipping"] = config.max_grad_norm
+            fits = type(value) is type(choices[0]) and value in choices
+            require(fits, f"{says}: must be one of {choices}")
     # Without check_grad_overflow one NaN would end in the weights.
-    settings["bf16"] = {"enabled": config.mixed_precision == "bf16", "check_grad_overflow": True}
-    return settings
+    bf16 = {"enabled": config.mixed_precision == "bf16", "check_grad_overflow": True}
+    return settings | of_flags | {"bf16": bf16}
+
+
+def offloads(settings):
+    return settings["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
 
 
 def start_ranks():
@@ -927,15 +929,15 @@ def start_ranks():
 
 def start_engine(config, settings, transformer, checkpoint=None, state=TrainState()):
     """deepspeed.initialize with AdamW, in the state of a checkpoint."""
-    offloaded = settings["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
-    adam = deepspeed.ops.adam.DeepSpeedCPUAdam if offloaded else torch.optim.AdamW
+    offloaded = offloads(settings)
+    on_card = partial(torch.optim.AdamW, fused=True)
+    adam = deepspeed.ops.adam.DeepSpeedCPUAdam if offloaded else on_card
     optimizer = adam(
         transformer.parameters(),
         lr=0.0,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.adam_weight_decay,
-        **({} if offloaded else {"fused": True}),
     )
     engine, *_ = deepspeed.initialize(model=transformer, optimizer=optimizer, config=settings)
     dist.set_timeout(TIMEOUT, engine.data_parallel_group)  # DeepSpeed's own is 10 minutes
@@ -1000,9 +1002,9 @@ def find_checkpoints(output_dir):
         try:
             manifest = json.loads((folder / "manifest.json").read_text())
             sizes = {name: (folder / name).stat().st_size for name in manifest["files"]}
-            require(sizes == manifest["files"], "files have changed their size")
+            require(sizes == manifest["files"], "files have changed their size")  # told below
             intact.append((folder, manifest))
-        except (OSError, ValueError, LookupError, Failure) as error:
+        except (OSError, ValueError, LookupError, TypeError, Failure) as error:
             say(f"skipping {folder}, which is damaged: {error}")
     require(intact or not folders, f"{output_dir} holds only damaged checkpoints: move them away")
     return sorted(intact, key=lambda one: one[1]["step"], reverse=True)
@@ -1048,6 +1050,10 @@ class Log:
             if RANK == 0:
                 with open(self.file, "a") as file:
                     file.write(json.dumps({"step": step} | row) + "\n")
+                if picture:
+                    folder = self.file.with_name("validation")
+                    folder.mkdir(exist_ok=True)
+                    picture.save(folder / f"step-{step}.png")
         self.bar.update(step - self.bar.n)
         if self.report_to != "none":
             try:
@@ -1073,7 +1079,7 @@ class Log:
         for name, x in figures.items():
             self.tracker.add_scalar(f"{kind}/{name}", x, step)
         if picture:
-            image = VaeImageProcessor.pil_to_numpy(Image.open(picture))
+            image = VaeImageProcessor.pil_to_numpy(picture)
             self.tracker.add_images("validation", image, step, dataformats="NHWC")
         self.tracker.flush()
 
@@ -1090,16 +1096,14 @@ def train_step(engine, model, batches, config, rate):
         engine.backward(loss)
         engine.step()  # after the last micro-batch: clips, and lets AdamW act if all is finite
         losses.append(loss.detach())
-    skipped = not engine.was_step_applied()
-    if skipped:  # DeepSpeed 0.19.8 keeps the sums if it offloads them
+    if not engine.was_step_applied():  # DeepSpeed 0.19.8 keeps the sums if it offloads them
         sums = getattr(engine.optimizer, "averaged_gradients", {})
         for name in sums:
             sums[name] = None
     loss = torch.stack(losses).mean() / WORLD
     dist.all_reduce(loss)
     figures = {"loss": loss.item(), "lr": rate}  # item waits for the GPU: the clock is true
-    norm = engine.get_global_grad_norm()  # that of the step before, if this one was skipped
-    figures["grad_norm"] = math.nan if skipped else float(norm)
+    figures["grad_norm"] = float(engine.get_global_grad_norm())  # infinite in a skipped step
     figures["samples_per_s"] = config.total_batch_size / (time.perf_counter() - clock)
     return figures
 
@@ -1134,7 +1138,7 @@ def train(engine, stream, base, identity, state):
             # Evaluate: before the first step, every validation_steps, and at the end. A run that
             # continues here does it again.
             if last or state.step % config.validation_steps == 0:
-                picture = draw_pictures(model, stream, base, state.step)
+                picture = draw_pictures(model, stream, base)
                 log.write("probe", state.step, probe(model, stream), picture)
             if last:
                 break
@@ -1233,12 +1237,10 @@ def longest_caption(config, base, rows):
 
 def print_plan(config, settings, cards, rows, done, weights, memory, flops):
     """Prints what a run takes. rows, done, weights: their numbers."""
-    zero = settings["zero_optimization"]
     total, steps = config.total_batch_size, config.max_train_steps
     needed, usable = sum(memory.values()) / 1e9, USABLE * cards.memory / 1e9
     parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in memory.items())
-    offloaded = zero["offload_optimizer"]["device"] == "cpu"
-    host = offloaded * HOST_BYTES * weights / 1e9
+    host = offloads(settings) * HOST_BYTES * weights / 1e9
     print(f"steps   {steps} of {total} samples, {done} done; {rows} rows")
     print(f"memory  {needed:.1f} of {usable:.0f} usable GB, {cards.name}: {parts}")
     print(f"        with --recompute {config.recompute}")
@@ -1249,7 +1251,7 @@ def print_plan(config, settings, cards, rows, done, weights, memory, flops):
         def hours(steps):
             return f"{least * steps / 3600:.1f} to {most * steps / 3600:.1f} hours"
 
-        print(f"time    {least:.1f} to {most:.1f} s a step, {hours(steps - done)}")
+        print(f"time    {least:.1f} to {most:.1f} s a step, {hours(max(0, steps - done))}")
         print(f"        a crash costs up to {hours(config.checkpointing_steps)}")
 
 
@@ -1393,8 +1395,7 @@ def find_base(config):
 
 def check_machine(config, settings, transformer, cards):
     """Fails where this machine lacks a compiler or GPU that a step needs."""
-    offloaded = settings["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
-    compiler = shutil.which("g++") or not (offloaded or config.compile)
+    compiler = shutil.which("g++") or not (offloads(settings) or config.compile)
     require(compiler, "g++ is not on the PATH: an optimizer on the host and --compile need it")
     gpu = cards.name != "CPU" or transformer.num_parameters() < 1e9 or config.dry_run
     require(gpu, "PyTorch finds no GPU")
@@ -1411,6 +1412,8 @@ def enter_folders(config, settings, manifest):
                 folder.mkdir(parents=True, exist_ok=True)
             with explained(f"{folders[0]} is in use by another run", filelock.Timeout):
                 lock.acquire()
+            found = [one for _, one in find_checkpoints(config.output_dir)]
+            require(manifest in (found[:1] or [{}]), "a run has just saved here: start again", 1)
             for left in folders[0].glob(".checkpoint-*.tmp"):  # of a run that was killed
                 shutil.rmtree(left)
             for folder in folders:
@@ -1444,7 +1447,7 @@ def leave_weights(folder):
     for file in (checkpoint / "transformer").iterdir():
         with atomic(folder / file.name) as aside:
             shutil.copyfile(file, aside)
-    print(f"done: weights and pictures in {folder}")
+    print(f"done: the weights are in {folder}")
 
 
 def run(config):
@@ -1503,12 +1506,12 @@ def main(argv=None):
     try:
         run(parse(argv))
     except Failure as end:
-        met = dist.is_initialized()  # then rank 0 speaks for all
-        if RANK > 0 and not met:
+        joined = dist.is_initialized()  # then rank 0 speaks for all
+        if RANK > 0 and not joined:
             time.sleep(5)  # rank 0 usually says the same, and ends the run
-        if RANK == 0 or not met:
+        if RANK == 0 or not joined:
             tqdm.write(f"cv4ctrl.py: {end}", file=sys.stderr)
-        if met:
+        if joined:
             dist.destroy_process_group()  # else gloo sometimes aborts
         sys.exit(end.code)
 

@@ -50,7 +50,7 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(argv, words, fl
     'zero_optimisation = {"stage": 2}', "zero_optimization = true",
     *(f"zero_optimization.stage = {stage}" for stage in ("0", "1", "3", "true", '"2"', '"auto"')),
     'zero_optimization.offload_param = {"device": "cpu"}', 'zero_optimization.offload_optimizer.device = "nvme"',
-    "zero_optimization.reduce_bucket_size = 67108863", 'zero_optimization.reduce_bucket_size = "auto"',
+    "zero_optimization.reduce_bucket_size = 67108863", "zero_optimization.reduce_bucket_size = 5e8", 'zero_optimization.reduce_bucket_size = "auto"',
     "train_micro_batch_size_per_gpu = 4", "train_batch_size = 4", "gradient_accumulation_steps = 1",
     "gradient_clipping = 1.0", "bf16.enabled = false",
 ])  # fmt: skip
@@ -89,7 +89,7 @@ def folder(tmp_path, monkeypatch):
     (["a.png", "b.png"], ["x", "y"], [("a.png", "x"), ("b.png", "y")]), ([], [], []),
     (["a.png", "b.png"], ["x"], [("a.png", "x"), ("b.png", "x")]),
     (["a.png"], ["x", "y"], [("a.png", "x"), ("a.png", "y")]),
-    (["a.png"], [], "as many"), ([], ["x"], "as many"), (["a.png", "b.png"], ["x", "y", "z"], "as many"),
+    (["a.png"], [], "give both"), ([], ["x"], "give both"), (["a.png", "b.png"], ["x", "y", "z"], "give both"),
     (["a.png", "gone.png"], ["x", "y"], "gone.png"), (["folder.png"], ["x"], "--validation_image folder.png: "),
 ])  # fmt: skip
 def test_validation_cases_are_n_to_n_or_one_serves_all_and_others_are_refused(

@@ -14,9 +14,8 @@ def test_tensorboard_and_through_it_wandb_get_every_figure_and_picture(config, d
     tensorboard, wandb = mock.Mock(), mock.Mock()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    Image.new("RGB", (64, 32), "red").save(tmp_path / "red.png")
     log = cv4ctrl.Log(config(tmp_path, report_to="wandb"), 0)
-    log.write("probe", 0, {"probe_loss": 0.5, "control_gain": 0.25}, tmp_path / "red.png")
+    log.write("probe", 0, {"probe_loss": 0.5, "control_gain": 0.25}, Image.new("RGB", (64, 32), "red"))
     log.write("train", 1, {"loss": 0.75})
     options = wandb.init.call_args.kwargs
     assert options["sync_tensorboard"] and options["resume"] == "allow" and options["config"]["report_to"] == "wandb"
