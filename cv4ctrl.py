@@ -107,18 +107,14 @@ class Config:
     # Model
     pretrained_model_name_or_path: str = flag("THUDM/CogView4-6B", "base: hub name or folder")
     transformer: str | None = flag(None, "transformer folder to start from, widened or not")
-    mixed_precision: Literal["bf16", "no"] = flag(
-        "bf16", "no means fp32; fp16 and fp8 are not supported", kept=True
-    )
+    mixed_precision: Literal["bf16", "no"] = flag("bf16", "no: fp32; never fp16, fp8", kept=True)
     recompute: Literal["auto", "all", "most", "some", "none"] = flag("auto", "in each block")
     compile: bool = flag(False, "compile the blocks: worth a try on a GPU")
     gradient_checkpointing: bool = flag(False, "no effect: see --recompute")
     offload: bool = flag(False, "no effect: encoders are freed before training")
 
     # Data
-    dataset_name: str = flag(
-        "raulc0399/open_pose_controlnet", "hub name, folder, JSON lines or parquet file"
-    )
+    dataset_name: str = flag("raulc0399/open_pose_controlnet", "hub name, folder or file")
     dataset_config_name: str | None = flag(None, "configuration of the data set")
     image_column: str = flag("image", "column of the target")
     conditioning_image_column: str = flag("conditioning_image", "column of the control")
@@ -162,9 +158,7 @@ class Config:
     checkpointing_steps: int = flag(500, "steps between checkpoints")
     checkpoints_total_limit: int = flag(2, "newest checkpoints to keep")
     resume_from_checkpoint: Literal["latest"] = flag("latest", "no effect: a run always continues")
-    report_to: Literal["none", "tensorboard", "wandb"] = flag(
-        "none", "tracker; wandb gets all that tensorboard gets"
-    )
+    report_to: Literal["none", "tensorboard", "wandb"] = flag("none", "wandb: with tensorboard")
     deepspeed_config: str | None = flag(None, "engine settings [the shipped ds_config.json]")
     dry_run: bool = flag(False, "check flags, data and base, print the plan, load nothing")
 
@@ -283,7 +277,7 @@ class PrefixAttention:
         image_tokens = hidden_states.shape[1]
         x = torch.cat([hidden_states, encoder_hidden_states], dim=1)  # (B, S, D), S = N + T
 
-        def rotated(linear, norm):  # (B, heads, S, D / heads)
+        def normed_and_rotated(linear, norm):  # (B, heads, S, D / heads)
             heads = norm(linear(x).unflatten(2, (attn.heads, -1))).to(x.dtype)
             image, text = heads[:, :image_tokens], heads[:, image_tokens:]
             image = apply_rotary_emb(
@@ -291,8 +285,8 @@ class PrefixAttention:
             )
             return torch.cat([image, text], dim=1).transpose(1, 2)
 
-        query = rotated(attn.to_q, attn.norm_q)
-        key = rotated(attn.to_k, attn.norm_k)
+        query = normed_and_rotated(attn.to_q, attn.norm_q)
+        key = normed_and_rotated(attn.to_k, attn.norm_k)
         value = attn.to_v(x).unflatten(2, (attn.heads, -1)).transpose(1, 2)
         lengths, counts = zip(*neighbours)
         outputs = []
@@ -516,11 +510,12 @@ def decode_picture(content, use, side):
         image = None if deep else ImageOps.exif_transpose(image)
     require(image, "more than 8 bits a channel, which inference cuts: scale them to 0 ... 255")
     size, profile = image.size, image.info.get("icc_profile")
-    if use != "column" and image.has_transparency_data:  # inference drops that of controls
+    # Inference ignores transparency and colour profile of a control, so they matter in targets only.
+    if use != "column" and image.has_transparency_data:
         image = image.convert("RGBA")
         require(image.getextrema()[3][1] > 0, "transparent everywhere")
         image = Image.alpha_composite(Image.new("RGBA", size, "white"), image)
-    if use == "target" and profile:  # inference ignores those of controls
+    if use == "target" and profile:
         image = image if image.mode in ("L", "CMYK") else image.convert("RGB")
         srgb = ImageCms.createProfile("sRGB")
         with suppress(ImageCms.PyCMSError):
@@ -690,10 +685,11 @@ def hold_out(rows, most):
     count = Counter()
     for row in rows:
         count.update((row.image_key, row.control_key, (row.image_key, row.control_key)))
+    # A held-out row takes all that share a picture with it out of training: a tenth at most.
     held_out, hidden, lost = [], set(), 0
     for row in sorted(rows, key=lambda row: digest("held out", row.image_key)):
         pair = row.image_key, row.control_key
-        sharing = count[pair[0]] + count[pair[1]] - count[pair]  # rows, itself among them
+        sharing = count[pair[0]] + count[pair[1]] - count[pair]
         fits = len(held_out) < most and lost + sharing <= len(rows) // 10
         if fits and hidden.isdisjoint(pair):
             held_out.append(row)
@@ -1383,9 +1379,9 @@ def find_base(config):
     for file, values in expected.items():
         with explained(file):
             found = json.loads(file.read_text())
-        for name, allowed in values.items():
-            says = f"{file} says {name} = {found.get(name)}"
-            require(found.get(name) in allowed, f"{says}, CogView4-6B has {allowed[0]}")
+        for key, allowed in values.items():
+            says = f"{file} says {key} = {found.get(key)}"
+            require(found.get(key) in allowed, f"{says}, CogView4-6B has {allowed[0]}")
     if weights:
         weight_files(base / "text_encoder", "model")
         weight_files(base / "vae", "diffusion_pytorch_model")
