@@ -666,7 +666,8 @@ def encode(config, base, rows, device):
             caption_key, tokens = cache.caption(prompt, "--validation_prompt")
             cases.append(Row(None, None, control_key, caption_key, tokens))
         empty_key, _ = cache.caption("", "")
-    chunks = [range(len(rows))[n : n + 8] for n in range(0, len(rows), 8)]
+    size = 2 * config.dataloader_num_workers  # rows between two looks for signals
+    chunks = [range(len(rows))[n : n + size] for n in range(0, len(rows), size)]
     lists = spread(chunks, partial(read_rows, cache, rows), "encoding", device)
     remarked = list(itertools.chain(*lists))
     del cache  # frees the encoders, before the transformer is loaded
