@@ -1241,7 +1241,7 @@ def print_plan(config, settings, cards, rows, done, weights, memory, flops):
     print(f"steps   {steps} of {total} samples, {done} done; {rows} rows")
     print(f"memory  {needed:.1f} of {usable:.0f} usable GB, {cards.name}: {parts}")
     print(f"        with --recompute {config.recompute}")
-    print(f"host    {TEXT_ENCODER_GB} GB a rank while encoding, then {host:.0f} GB in all")
+    print(f"host    {TEXT_ENCODER_GB} GB a rank while encoding; optimizer {host:.0f} GB in all")
     if cards.flops and config.mixed_precision == "bf16":
         least, most = (total * flops / cards.number / cards.flops / share for share in UTILISATION)
 

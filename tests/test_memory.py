@@ -195,7 +195,7 @@ def test_the_printed_plan(cogview, flags, capsys, tmp_path, monkeypatch):
     file = engine_file(tmp_path, "zero_optimization.offload_optimizer.device", "cpu")
     cv4ctrl.main([*flags(tmp_path / "out", **common, deepspeed_config=file), "--dry_run"])
     text = capsys.readouterr().out
-    assert "hours" not in text and "then 137 GB in all" in text and "optimizer" not in text
+    assert "hours" not in text and "optimizer 137 GB in all" in text and ", optimizer" not in text
     file.unlink()
     assert not list(tmp_path.iterdir())
 
