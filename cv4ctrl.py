@@ -494,7 +494,10 @@ def content_of(cell, folder):
     if content and isinstance(content, bytes):
         return content, path
     require(path and isinstance(path, str), f"no picture, but {cell!r:.50}")
-    require(os.path.isfile(folder / path), f"no such file: {path:.100}")  # nor a pipe, which hangs
+    says = (
+        f"no such file: {path:.100}, which ends in {ascii(path[-20:])}"  # tells é from e + accent
+    )
+    require(os.path.isfile(folder / path), says)  # a named pipe would hang
     return (folder / path).read_bytes(), path
 
 

@@ -215,6 +215,12 @@ def test_files_that_hold_no_picture(file, read, tmp_path):
     assert found is None and wrong.startswith("row 0, conditioning_image: ") and file in wrong and len(wrong) <= 300
 
 
+def test_a_file_whose_name_has_another_unicode_form_is_told_by_its_letters(read, tmp_path):
+    (tmp_path / "cafe\u0301.png").write_bytes(PLAIN["bytes"])  # as macOS writes it
+    _, wrong = read({"image": PLAIN, "conditioning_image": str(tmp_path / "caf\u00e9.png"), "text": "a"})
+    assert "no such file: " in wrong and "caf\\xe9.png" in wrong and len(wrong) <= 300
+
+
 @pytest.mark.parametrize("value", [
     "", None, {"bytes": b"", "path": None}, 7, ["a.png"], {"path": 7}, "data:image/png;base64,iVBOR", "http://a/b.png"
 ])  # fmt: skip
