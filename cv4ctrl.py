@@ -494,9 +494,8 @@ def content_of(cell, folder):
     if content and isinstance(content, bytes):
         return content, path
     require(path and isinstance(path, str), f"no picture, but {cell!r:.50}")
-    says = (
-        f"no such file: {path:.100}, which ends in {ascii(path[-20:])}"  # tells é from e + accent
-    )
+    # The letters of its end tell an e with an accent from an e and an accent.
+    says = f"no such file: {path:.100}, which ends in {ascii(path[-20:])}"
     require(os.path.isfile(folder / path), says)  # a named pipe would hang
     return (folder / path).read_bytes(), path
 
