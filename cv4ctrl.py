@@ -158,7 +158,7 @@ class Config:
     checkpointing_steps: int = flag(500, "steps between checkpoints")
     checkpoints_total_limit: int = flag(2, "newest checkpoints to keep")
     resume_from_checkpoint: Literal["latest"] = flag("latest", "no effect: a run always continues")
-    report_to: Literal["none", "tensorboard", "wandb"] = flag("none", "wandb: with tensorboard")
+    report_to: Literal["none", "tensorboard", "wandb"] = flag("none", "tracker; wandb: both")
     deepspeed_config: str | None = flag(None, "engine settings [the shipped ds_config.json]")
     dry_run: bool = flag(False, "check flags, data and base, print the plan, load nothing")
 
