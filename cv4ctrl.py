@@ -512,7 +512,7 @@ def decode_picture(content, use, side):
         image = None if deep else ImageOps.exif_transpose(image)
     require(image, "more than 8 bits a channel, which inference cuts: scale them to 0 ... 255")
     size, profile = image.size, image.info.get("icc_profile")
-    # Inference ignores transparency and colour profile of a control, so they matter in targets only.
+    # Inference ignores transparency and colour profile of a control: they matter in targets only.
     if use != "column" and image.has_transparency_data:
         image = image.convert("RGBA")
         require(image.getextrema()[3][1] > 0, "transparent everywhere")
