@@ -434,8 +434,6 @@ def load_splits(config):
         return datasets.load_dataset(kind, data_files=str(path))
     if (path / "state.json").exists():  # of save_to_disk
         return {"train": datasets.load_from_disk(path)}
-    if (path / "dataset_dict.json").exists():
-        return datasets.load_from_disk(path)
     if not config.dataset_config_name:
         refuse_forgotten_files(path)
     return datasets.load_dataset(str(path), config.dataset_config_name)
