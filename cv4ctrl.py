@@ -134,9 +134,7 @@ class Config:
     # Optimizer
     max_train_steps: int = flag(50_000, "optimizer steps")
     learning_rate: float = flag(5e-5, "peak learning rate, after the warm-up")
-    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = flag(
-        "cosine", "shape of the learning rate"
-    )
+    lr_scheduler: Literal["cosine", "constant_with_warmup"] = flag("cosine", "after the warm-up")
     lr_warmup_steps: int = flag(1000, "steps of linear warm-up", least=0)
     adam_beta1: float = flag(0.9, "decay of the first moment", most=0.99999)
     adam_beta2: float = flag(0.999, "decay of the second moment", most=0.99999)
@@ -1107,12 +1105,13 @@ def train_step(engine, model, batches, config, rate):
 
 def learning_rate(config, step):
     """Learning rate after `step` steps: those of diffusers' get_scheduler."""
-    warm_up, shape = config.lr_warmup_steps, config.lr_scheduler
-    if step < warm_up and shape != "constant":
+    warm_up = config.lr_warmup_steps
+    if step < warm_up:
         return config.learning_rate * step / warm_up
+    if config.lr_scheduler != "cosine":
+        return config.learning_rate
     done = (step - warm_up) / max(1, config.max_train_steps - warm_up)
-    shapes = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done}
-    return config.learning_rate * shapes.get(shape, 1)
+    return config.learning_rate * (1 + math.cos(math.pi * done)) / 2
 
 
 def train(engine, stream, base, identity, state):

@@ -81,7 +81,7 @@ class Bench:
             base = tiny.make_base(f"{folder}/base", **PROPORTIONS)
             shutil.copytree(tokenizer, base / "tokenizer", dirs_exist_ok=True)
         words = f"--pretrained_model_name_or_path {base} --output_dir {folder}/out --probe_samples 0"
-        words += " --lr_scheduler constant --num_inference_steps 0 --recompute none"
+        words += " --lr_scheduler constant_with_warmup --lr_warmup_steps 0 --num_inference_steps 0 --recompute none"
         words += " --resolution 64 --train_batch_size 4 --mixed_precision no --dataloader_num_workers 1"
         self.flags = cv4ctrl.parse([*words.split(), *flags])
         self.base = Path(self.flags.pretrained_model_name_or_path)
