@@ -476,12 +476,6 @@ def open_dataset(config):
     return rows
 
 
-def caption_of(cell):
-    """The text of a caption, without white space around it. Fails where it is none."""
-    require(isinstance(cell, str), f"a caption is a string, not {cell!r:.50}")
-    return cell.strip()
-
-
 def content_of(cell, folder):
     """(bytes of a picture, its path or ""), from a cell with either; a path in a folder."""
     if not isinstance(cell, dict):  # as `datasets` gives pictures
@@ -596,10 +590,9 @@ class Cache:
             aside.write_bytes(save(tensors))
         return facts
 
-    def caption(self, cell, where):
-        """-> (key, tokens). Raises Failure, which says where."""
-        with explained(where):
-            text = caption_of(cell)
+    def caption(self, text):
+        """-> (key, tokens)."""
+        text = text.strip()
         key = digest(self.of_captions, text)
 
         def make():  # one at a time: padding is attended to
@@ -630,9 +623,9 @@ class Cache:
 def read_row(cache, rows, index):
     """-> (Row, remarks). Raises Failure."""
     config, cells = cache.config, rows[index]
-    columns = config.caption_column, config.conditioning_image_column, config.image_column
-    caption, control, image = ((cells[name], f"row {index}, {name}") for name in columns)
-    caption_key, tokens = cache.caption(*caption)
+    columns = config.conditioning_image_column, config.image_column
+    control, image = ((cells[name], f"row {index}, {name}") for name in columns)
+    caption_key, tokens = cache.caption(cells[config.caption_column])
     control_key, control_file, control = cache.picture(*control, config.control)
     image_key, image_file, image = cache.picture(*image, "target")
     remarks = []
@@ -647,12 +640,6 @@ def read_row(cache, rows, index):
     return Row(index, image_key, control_key, caption_key, tokens), remarks
 
 
-def read_rows(cache, rows, indices):
-    """[read_row] at these indices, in threads."""
-    with ThreadPoolExecutor(cache.config.dataloader_num_workers) as pool:
-        return list(pool.map(partial(read_row, cache, rows), indices))
-
-
 def encode(config, base, rows, device):
     """Encodes what the cache lacks, on all ranks -> Stream."""
     with fail_together():
@@ -661,14 +648,13 @@ def encode(config, base, rows, device):
         for image, prompt in validation_cases(config):
             where = f"--validation_image {image}"
             control_key, *_ = cache.picture(os.path.abspath(image), where, config.control)
-            caption_key, tokens = cache.caption(prompt, "--validation_prompt")
+            caption_key, tokens = cache.caption(prompt)
             cases.append(Row(None, None, control_key, caption_key, tokens))
-        empty_key, _ = cache.caption("", "")
-    size = 2 * config.dataloader_num_workers  # rows between two looks for signals
-    chunks = [range(len(rows))[n : n + size] for n in range(0, len(rows), size)]
-    lists = spread(chunks, partial(read_rows, cache, rows), "encoding", device)
-    remarked = list(itertools.chain(*lists))
-    del cache  # frees the encoders, before the transformer is loaded
+        empty_key, _ = cache.caption("")
+    read = partial(read_row, cache, rows)
+    threads = config.dataloader_num_workers
+    remarked = spread(range(len(rows)), read, "encoding", device, threads)
+    del cache, read  # frees the encoders, before the transformer is loaded
     gc.collect()
     torch.cuda.empty_cache()
     counts = Counter(remark for _, remarks in remarked for remark in remarks)
@@ -1027,14 +1013,30 @@ def raise_if_stopped(device):
     require(signals.item() == 0, "stopped by a signal; the same command continues", 75)
 
 
+def open_tracker(config, step):
+    """Writer for tensorboard, from which wandb takes its figures. A continued run continues both."""
+    folder = Path(config.output_dir)
+    try:
+        if config.report_to == "wandb":
+            name = folder / "wandb-id"
+            if not name.exists():
+                name.write_text(os.urandom(8).hex())
+            sys.stdin = open(os.devnull)  # without a login it would ask, and wait
+            options = {"id": name.read_text(), "resume": "allow", "config": asdict(config)}
+            importlib.import_module("wandb").init(sync_tensorboard=True, **options)
+        tensorboard = importlib.import_module("torch.utils.tensorboard")
+        return tensorboard.SummaryWriter(folder / "logs", purge_step=step + 1)
+    except Exception as error:  # no package, network or login is no reason to end the run
+        say(f"--report_to {config.report_to}: {error}; the run goes on without it")
+
+
 class Log:
-    """metrics.jsonl, trackers and progress bar of rank 0."""
+    """metrics.jsonl, tracker and progress bar of rank 0."""
 
     def __init__(self, config, step):
-        self.config, self.first_step = config, step
         self.file = Path(config.output_dir, "metrics.jsonl")
-        self.report_to = config.report_to if RANK == 0 else "none"
-        self.tracker = None
+        tracked = RANK == 0 and config.report_to != "none"
+        self.tracker = open_tracker(config, step) if tracked else None
         steps = config.max_train_steps
         self.bar = tqdm(None, "training", total=steps, initial=step, **BAR)
 
@@ -1049,34 +1051,14 @@ class Log:
                     folder = self.file.with_name("validation")
                     folder.mkdir(exist_ok=True)
                     picture.save(folder / f"step-{step}.png")
+            if self.tracker:
+                for name, x in figures.items():
+                    self.tracker.add_scalar(f"{kind}/{name}", x, step)
+                if picture:
+                    image = VaeImageProcessor.pil_to_numpy(picture)
+                    self.tracker.add_images("validation", image, step, dataformats="NHWC")
+                self.tracker.flush()
         self.bar.update(step - self.bar.n)
-        if self.report_to != "none":
-            try:
-                self.report(kind, step, figures, picture)
-            except Exception as error:  # no network, disk or login is no reason to end the run
-                say(f"--report_to {self.report_to}: {error}; the run goes on without it")
-                self.report_to = "none"
-
-    def report(self, kind, step, figures, picture):
-        """Tells tensorboard, through which wandb gets it. A continued run continues both."""
-        if not self.tracker and self.report_to == "wandb":
-            wandb = importlib.import_module("wandb")
-            name = self.file.with_name("wandb-id")
-            if not name.exists():
-                name.write_text(os.urandom(8).hex())
-            sys.stdin = open(os.devnull)  # without a login it would ask, and wait
-            options = {"id": name.read_text(), "resume": "allow", "sync_tensorboard": True}
-            wandb.init(config=asdict(self.config), **options)
-        if not self.tracker:
-            tensorboard = importlib.import_module("torch.utils.tensorboard")
-            options = {"purge_step": self.first_step + 1}
-            self.tracker = tensorboard.SummaryWriter(self.file.with_name("logs"), **options)
-        for name, x in figures.items():
-            self.tracker.add_scalar(f"{kind}/{name}", x, step)
-        if picture:
-            image = VaeImageProcessor.pil_to_numpy(picture)
-            self.tracker.add_images("validation", image, step, dataformats="NHWC")
-        self.tracker.flush()
 
 
 def train_step(engine, model, batches, config, rate):
@@ -1221,9 +1203,9 @@ def longest_caption(config, base, rows):
     column, most = config.caption_column, config.max_sequence_length
     texts = [""]
     with explained(f"column {column}"):
-        for index, cell in enumerate(rows[column]):
-            with explained(f"row {index}"):
-                texts.append(caption_of(cell)[: 8 * most])  # as many tokens, but for rare texts
+        for index, text in enumerate(rows[column]):
+            require(isinstance(text, str), f"row {index}: a caption is a string, not {text!r:.50}")
+            texts.append(text[: 8 * most])  # as many tokens, but for rare texts
     longest = sorted(texts, key=lambda text: len(text.encode()))[-1000:]
     with explained(f"{base}/tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(base / "tokenizer")
@@ -1311,13 +1293,14 @@ def all_gather_objects(item):
     return items
 
 
-def spread(jobs, work, title, device):
-    """[work(job) for job in jobs], where the ranks take turns. Stops between them at a signal."""
-    mine = []
-    for first in tqdm(range(0, len(jobs), WORLD), title, leave=False, **BAR):
+def spread(jobs, work, title, device, threads=0):
+    """[work(job) for job in jobs]: the ranks take turns. Stops at a signal, after jobs at work."""
+    mine, at_once = [], WORLD * max(1, 2 * threads)
+    many = ThreadPoolExecutor(threads).map if threads else map
+    for first in tqdm(range(0, len(jobs), at_once), title, leave=False, **BAR):
         raise_if_stopped(device)
         with fail_together():
-            mine += map(work, jobs[first + RANK : first + RANK + 1])
+            mine += many(work, jobs[first : first + at_once][RANK::WORLD])
     shares = all_gather_objects(mine)
     return [shares[n % WORLD][n // WORLD] for n in range(len(jobs))]
 

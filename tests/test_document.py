@@ -102,7 +102,7 @@ def test_its_picture_of_your_case_is_what_inference_draws_with_that_control_and_
     monkeypatch.chdir(folder)
     config = cv4ctrl.Config(**json.loads((folder / "pose-control/run.json").read_text())["config"])
     cache = cv4ctrl.Cache(config, control_base, None)
-    keys = cache.picture(str(folder / "pose.jpg"), "", "column")[0], cache.caption(PROMPT, "")[0]
+    keys = cache.picture(str(folder / "pose.jpg"), "", "column")[0], cache.caption(PROMPT)[0]
 
     def difference(prompt, control):
         noise = torch.randn(1, 16, 8, 8, generator=cv4ctrl.generator(0, "validation", *keys))
