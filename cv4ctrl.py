@@ -22,11 +22,9 @@ Begin with the sections "the model" and "flow matching", or with run() at the en
 """
 
 import datetime
-import functools
 import gc
 import glob
 import hashlib
-import importlib
 import io
 import itertools
 import json
@@ -41,7 +39,7 @@ from collections import Counter, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -268,10 +266,8 @@ class PrefixAttention:
     slice. Every kernel takes that; flash attention takes no mask.
     """
 
-    def __call__(
-        self, attn, hidden_states, encoder_hidden_states, image_rotary_emb, neighbours, **_
-    ):
-        """Image (B, N, D), captions (B, T, D), neighbours [(length, how many)] -> both."""
+    def __call__(self, attn, hidden_states, encoder_hidden_states, image_rotary_emb, groups, **_):
+        """Image (B, N, D), captions (B, T, D), groups [(length, how many)] -> both."""
         image_tokens = hidden_states.shape[1]
         x = torch.cat([hidden_states, encoder_hidden_states], dim=1)  # (B, S, D), S = N + T
 
@@ -286,7 +282,7 @@ class PrefixAttention:
         query = normed_and_rotated(attn.to_q, attn.norm_q)
         key = normed_and_rotated(attn.to_k, attn.norm_k)
         value = attn.to_v(x).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-        lengths, counts = zip(*neighbours)
+        lengths, counts = zip(*groups)
         outputs = []
         for length, *qkv in zip(lengths, *(heads.split(counts) for heads in (query, key, value))):
             own = (heads[:, :, : image_tokens + length] for heads in qkv)
@@ -358,12 +354,12 @@ class VelocityModel:
     def __call__(self, noisy, control, prompts, timestep):
         """noisy, control (B, 16, h, w), prompts B x (T, 4096), timestep (B,) -> (B, 16, h, w)."""
         lengths = itertools.groupby(map(len, prompts))  # few, since a micro-batch comes sorted
-        neighbours = [(length, len(list(equal))) for length, equal in lengths]
+        groups = [(length, len(list(equal))) for length, equal in lengths]
         return self.network(
             hidden_states=torch.cat([noisy, control], dim=1).to(self.dtype),
             encoder_hidden_states=pad_sequence(prompts, batch_first=True).to(self.dtype),
             timestep=timestep,
-            attention_kwargs={"neighbours": neighbours},
+            attention_kwargs={"groups": groups},
             return_dict=False,
             **self.constant,
         )[0]
@@ -484,8 +480,7 @@ def content_of(cell, folder):
     if content and isinstance(content, bytes):
         return content, path
     require(path and isinstance(path, str), f"no picture, but {cell!r:.50}")
-    # The letters of its end tell an e with an accent from an e and an accent.
-    says = f"no such file: {path:.100}, which ends in {ascii(path[-20:])}"
+    says = f"no such file: {path:.100} ({ascii(path[-20:])})"  # accents may be letters of their own
     require(os.path.isfile(folder / path), says)  # a named pipe would hang
     return (folder / path).read_bytes(), path
 
@@ -514,9 +509,10 @@ def decode_picture(content, use, side):
             image = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode="RGB")
     image = image.convert("RGB")
     if use == "canny":  # as in the example of inference
+        from controlnet_aux import CannyDetector
+
         size_options = {"detect_resolution": side, "image_resolution": side}
-        canny = importlib.import_module("controlnet_aux").CannyDetector()
-        image = canny(image, low_threshold=50, high_threshold=200, **size_options)
+        image = CannyDetector()(image, low_threshold=50, high_threshold=200, **size_options)
     pixels = VaeImageProcessor(vae_scale_factor=PIXELS_PER_LATENT).preprocess(image, side, side)
     return pixels, [*size, max(high for low, high in image.getextrema())]
 
@@ -575,7 +571,7 @@ class Cache:
         self.of_captions = digest("captions", *text, config.max_sequence_length)
         self.lock = threading.Lock()  # threads read at once, but encode one by one
 
-    @functools.cached_property
+    @cached_property
     def encoders(self):
         return load_encoders(self.base, self.device)
 
@@ -628,16 +624,15 @@ def read_row(cache, rows, index):
     caption_key, tokens = cache.caption(cells[config.caption_column])
     control_key, control_file, control = cache.picture(*control, config.control)
     image_key, image_file, image = cache.picture(*image, "target")
-    remarks = []
-    if min(image[:2]) < config.resolution:
-        remarks.append(f"the target is smaller than --resolution {config.resolution}")
-    if not 0.95 < image[0] * control[1] / (image[1] * control[0]) < 1.05:
-        remarks.append("target and control differ in shape, and both become squares")
-    if config.control == "column" and control_file == image_file:
-        remarks.append("the control is the target")
-    if control[2] < 20:
-        remarks.append("the control is nearly black everywhere")
-    return Row(index, image_key, control_key, caption_key, tokens), remarks
+    shapes = image[0] * control[1] / (image[1] * control[0])  # of widths to heights
+    remarks = {
+        "the target is smaller than --resolution": min(image[:2]) < config.resolution,
+        "target and control differ in shape, and both become squares": not 0.95 < shapes < 1.05,
+        "the control is the target": config.control == "column" and control_file == image_file,
+        "the control is nearly black everywhere": control[2] < 20,
+    }
+    row = Row(index, image_key, control_key, caption_key, tokens)
+    return row, [remark for remark, is_true in remarks.items() if is_true]
 
 
 def encode(config, base, rows, device):
@@ -693,7 +688,7 @@ def generator(*address):
     return torch.Generator().manual_seed(int(digest(*address)[:15], 16))
 
 
-@functools.lru_cache(maxsize=2)
+@lru_cache(maxsize=2)
 def permutation(seed, epoch, rows):
     return torch.randperm(rows, generator=generator(seed, "order", epoch))
 
@@ -902,24 +897,20 @@ def start_ranks():
         say(f"waiting for {WORLD} ranks at {place}")
     with explained(f"no meeting at {place}", dist.DistError, ValueError):
         deepspeed.init_distributed(auto_mpi_discovery=False, timeout=TIMEOUT, verbose=False)
-    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    for number in [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1] + [signal.SIGHUP] * (not nohup):
-        signal.signal(number, lambda number, frame: stop_requests.append(number))
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda number, frame: stop_requests.append(number))
     return torch.device(accelerator.current_device_name())
 
 
 def start_engine(config, settings, transformer, checkpoint=None, state=TrainState()):
     """deepspeed.initialize with AdamW, in the state of a checkpoint."""
     offloaded = offloads(settings)
+    options = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
+    options |= {"lr": 0.0, "weight_decay": config.adam_weight_decay}
     on_card = partial(torch.optim.AdamW, fused=True)
     adam = deepspeed.ops.adam.DeepSpeedCPUAdam if offloaded else on_card
-    optimizer = adam(
-        transformer.parameters(),
-        lr=0.0,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.adam_weight_decay,
-    )
+    optimizer = adam(transformer.parameters(), **options)
     engine, *_ = deepspeed.initialize(model=transformer, optimizer=optimizer, config=settings)
     dist.set_timeout(TIMEOUT, engine.data_parallel_group)  # DeepSpeed's own is 10 minutes
 
@@ -1017,15 +1008,18 @@ def open_tracker(config, step):
     """Writer for tensorboard, from which wandb takes its figures. A continued run continues both."""
     folder = Path(config.output_dir)
     try:
+        from torch.utils.tensorboard import SummaryWriter
+
         if config.report_to == "wandb":
+            import wandb
+
             name = folder / "wandb-id"
             if not name.exists():
                 name.write_text(os.urandom(8).hex())
             sys.stdin = open(os.devnull)  # without a login it would ask, and wait
             options = {"id": name.read_text(), "resume": "allow", "config": asdict(config)}
-            importlib.import_module("wandb").init(sync_tensorboard=True, **options)
-        tensorboard = importlib.import_module("torch.utils.tensorboard")
-        return tensorboard.SummaryWriter(folder / "logs", purge_step=step + 1)
+            wandb.init(sync_tensorboard=True, **options)
+        return SummaryWriter(folder / "logs", purge_step=step + 1)
     except Exception as error:  # no package, network or login is no reason to end the run
         say(f"--report_to {config.report_to}: {error}; the run goes on without it")
 
@@ -1066,9 +1060,8 @@ def train_step(engine, model, batches, config, rate):
     clock = time.perf_counter()
     engine.optimizer.param_groups[0]["lr"] = rate
     losses = []
-    for number in range(config.gradient_accumulation_steps):
-        if number:
-            raise_if_stopped(model.device)
+    for _ in range(config.gradient_accumulation_steps):
+        raise_if_stopped(model.device)
         loss = flow_matching_loss(model, next(batches))
         engine.backward(loss)
         engine.step()  # after the last micro-batch: clips, and lets AdamW act if all is finite
@@ -1122,7 +1115,6 @@ def train(engine, stream, base, identity, state):
                 break
 
             # Train one step.
-            raise_if_stopped(model.device)
             rate = learning_rate(config, state.step)
             figures = train_step(engine, model, batches, config, rate)
             failed = 0 if engine.was_step_applied() else failed + 1
@@ -1224,13 +1216,10 @@ def print_plan(config, settings, cards, rows, done, weights, memory, flops):
     print(f"        with --recompute {config.recompute}")
     print(f"host    {TEXT_ENCODER_GB} GB a rank while encoding; optimizer {host:.0f} GB in all")
     if cards.flops and config.mixed_precision == "bf16":
-        least, most = (total * flops / cards.number / cards.flops / share for share in UTILISATION)
-
-        def hours(steps):
-            return f"{least * steps / 3600:.1f} to {most * steps / 3600:.1f} hours"
-
-        print(f"time    {least:.1f} to {most:.1f} s a step, {hours(max(0, steps - done))}")
-        print(f"        a crash costs up to {hours(config.checkpointing_steps)}")
+        best = total * flops / cards.number / cards.flops  # seconds of a step at the peak
+        left, lost = max(0, steps - done) / 3600, config.checkpointing_steps / 3600
+        text = "{:.1f} to {:.1f} s a step, {:.1f} to {:.1f} hours; a crash costs {:.1f} to {:.1f}"
+        print("time   ", text.format(*(best / u * n for n in (1, left, lost) for u in UTILISATION)))
 
 
 # === errors, ranks and files ===
@@ -1372,15 +1361,7 @@ def find_base(config):
     return base, start_from
 
 
-def check_machine(config, settings, transformer, cards):
-    """Fails where this machine lacks a compiler or GPU that a step needs."""
-    compiler = shutil.which("g++") or not (offloads(settings) or config.compile)
-    require(compiler, "g++ is not on the PATH: an optimizer on the host and --compile need it")
-    gpu = cards.name != "CPU" or transformer.num_parameters() < 1e9 or config.dry_run
-    require(gpu, "PyTorch finds no GPU")
-
-
-def enter_folders(config, settings, manifest):
+def enter_folders(config, settings, cards, manifest):
     """-> the lock of output_dir. Fails unless all ranks share the folders and decided the same."""
     folders = Path(config.output_dir), Path(config.encoded_dir)
     lock = filelock.FileLock(folders[0] / ".lock", blocking=False)
@@ -1395,6 +1376,7 @@ def enter_folders(config, settings, manifest):
             require(manifest in (found[:1] or [{}]), "a run has just saved here: start again", 1)
             for left in folders[0].glob(".checkpoint-*.tmp"):  # of a run that was killed
                 shutil.rmtree(left)
+            describe_run(config, settings, cards)
             for folder in folders:
                 (folder / token).touch()
     seen = [(folder / token).exists() for folder in folders]
@@ -1409,14 +1391,10 @@ def enter_folders(config, settings, manifest):
 def describe_run(config, settings, cards):
     """Writes run.json: what was asked for, what it became, and where it runs."""
     git = f"git -C '{Path(__file__).parent}' rev-parse HEAD 2>/dev/null"
-    about = {
-        "command": sys.argv,
-        "config": asdict(config),
-        "deepspeed": settings,
-        "commit": os.popen(git).read().strip(),
-        "versions": {one.__name__: one.__version__ for one in (torch, deepspeed, diffusers)},
-        "hardware": f"{cards.number} x {cards.name}",
-    }
+    about = {"command": sys.argv, "config": asdict(config), "deepspeed": settings}
+    about["commit"] = os.popen(git).read().strip()
+    about["versions"] = {one.__name__: one.__version__ for one in (torch, deepspeed, diffusers)}
+    about["hardware"] = f"{cards.number} x {cards.name}"
     Path(config.output_dir, "run.json").write_text(json.dumps(about, indent=1))
 
 
@@ -1448,13 +1426,16 @@ def run(config):
     if RANK == 0:
         numbers = len(rows), state.step, transformer.num_parameters()
         print_plan(config, settings, cards, *numbers, memory, flops)
-    check_machine(config, settings, transformer, cards)
+    compiler = shutil.which("g++") or not (config.compile or offloads(settings))
+    require(compiler, "g++ is not on the PATH: an optimizer on the host and --compile need it")
     if config.dry_run:
         return
+    gpu = cards.name != "CPU" or transformer.num_parameters() < 1e9
+    require(gpu, "PyTorch finds no GPU")
 
     # Prepare.
     device = start_ranks()
-    _lock = enter_folders(config, settings, manifest)  # held until the end
+    _lock = enter_folders(config, settings, cards, manifest)  # held until the end
 
     # Encode.
     stream = encode(config, base, rows, device)
@@ -1468,9 +1449,6 @@ def run(config):
         transformer = load_transformer(start_from, dtype, device)
     recompute(transformer, config.recompute, config.compile)
     engine = start_engine(config, settings, transformer, checkpoint, state)
-    with fail_together():
-        if RANK == 0:
-            describe_run(config, settings, cards)
     train(engine, stream, base, identity, state)
     with fail_together():
         if RANK == 0:
