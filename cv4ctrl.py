@@ -60,6 +60,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils import checkpoint as activation_checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from tqdm import tqdm
 from transformers.utils.generic import flatten_dict
 
@@ -68,7 +69,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1  # o
 
 # === CogView4-6B ===
 # What the formulas take for granted. A base whose config files say otherwise, such as another scale
-# of the latents, would be trained without an error, and wrongly.
+# of the latents, would be trained wrongly, without an error.
 
 TIMESTEPS = 1000
 BASE_SHIFT, MAX_SHIFT, BASE_TOKENS = 0.25, 0.75, 256  # of mu
@@ -100,7 +101,7 @@ def flag(default, help, **limits):
 
 @dataclass(frozen=True)
 class Config:
-    """All flags, named as in the diffusers example where it has them."""
+    """All flags, named as in the diffusers example. Raises Failure for values out of range."""
 
     # Model
     pretrained_model_name_or_path: str = flag("THUDM/CogView4-6B", "base: hub name or folder")
@@ -158,6 +159,19 @@ class Config:
     deepspeed_config: str | None = flag(None, "engine settings [the shipped ds_config.json]")
     dry_run: bool = flag(False, "check flags, data and base, print the plan, load nothing")
 
+    def __post_init__(self):
+        for option in fields(self):
+            value, limits = getattr(self, option.name), option.metadata
+            says = f"--{option.name} {value}: must be"
+            require(value != "", f"{says} given")
+            if type(value) in (int, float):
+                least = limits.get("least", 1 if type(value) is int else 0)
+                most = limits.get("most", 2**63 - 1)
+                require(least <= value <= most, f"{says} from {least} to {most}")
+                step = limits.get("multiple_of")
+                require(not step or value % step == 0, f"{says} a multiple of {step}")
+        validation_cases(self)
+
 
 class FlagParser(transformers.HfArgumentParser):
     """Keeps our limits away from argparse, which does not know them."""
@@ -179,21 +193,6 @@ def parse(argv=None):
     return config
 
 
-def check(config):
-    """Checks each flag by itself."""
-    for option in fields(config):
-        value, limits = getattr(config, option.name), option.metadata
-        says = f"--{option.name} {value}: must be"
-        require(value != "", f"{says} given")
-        if type(value) in (int, float):
-            least = limits.get("least", 1 if type(value) is int else 0)
-            most = limits.get("most", 2**63 - 1)
-            require(least <= value <= most, f"{says} from {least} to {most}")
-            step = limits.get("multiple_of")
-            require(not step or value % step == 0, f"{says} a multiple of {step}")
-    validation_cases(config)
-
-
 def validation_cases(config):
     """[(control picture, caption)] of the flags: n to n, 1 to n, n to 1."""
     images, prompts = config.validation_image or [], config.validation_prompt or []
@@ -209,11 +208,9 @@ def resolve(config, world):
     """Fills in what follows from other flags, for `world` ranks."""
     micro = config.train_batch_size * world
     total = config.total_batch_size or micro * config.gradient_accumulation_steps
-    accumulation = total // micro
-    fits = total % micro == 0 and config.gradient_accumulation_steps in (1, accumulation)
     says = f"--total_batch_size {total}: must be a multiple of batch size x ranks = {micro}"
-    require(fits, f"{says}, or that times --gradient_accumulation_steps")
-    filled = {"total_batch_size": total, "gradient_accumulation_steps": accumulation}
+    require(total % micro == 0, says)
+    filled = {"total_batch_size": total, "gradient_accumulation_steps": total // micro}
     filled["encoded_dir"] = config.encoded_dir or f"{config.output_dir}/encoded"
     if config.control != "column":
         filled["conditioning_image_column"] = config.image_column
@@ -304,7 +301,6 @@ def recompute(transformer, choice, compiled=False):
 
     In training, diffusers calls run_block(block, *inputs) for each block.
     """
-    policies = activation_checkpoint.CheckpointPolicy
 
     def policy(context, operator, *args, **kwargs):
         # Attention, whatever the kernel; addmm(bias, x, weight.T), whose args[2] is (in, out).
@@ -312,12 +308,11 @@ def recompute(transformer, choice, compiled=False):
         if operator is torch.ops.aten.addmm.default:
             inputs, outputs = args[2].shape
             keep = inputs > outputs or (choice == "some" and inputs == outputs)
-        return policies.MUST_SAVE if keep else policies.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     options = {"use_reentrant": False}
     if choice in ("most", "some"):
-        contexts = activation_checkpoint.create_selective_checkpoint_contexts
-        options["context_fn"] = partial(contexts, policy)
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
 
     def run_block(block, *inputs):
         if choice == "none":
@@ -327,8 +322,7 @@ def recompute(transformer, choice, compiled=False):
     if compiled:  # block and checkpoint together: no policy sees inside a compiled block
         torch._dynamo.config.recompile_limit = 64  # one for each grouping of caption lengths
         run_block = torch.compile(run_block)
-    if compiled or choice != "none":
-        transformer.enable_gradient_checkpointing(run_block)
+    transformer.enable_gradient_checkpointing(run_block)
 
 
 class VelocityModel:
@@ -443,7 +437,7 @@ def refuse_forgotten_files(folder):
     kinds = {file.suffix for file in taken if file.stem != "metadata"}
     root = folder.resolve()
     names = glob.glob("**/*.*", root_dir=root, recursive=True)  # as `datasets`: no hidden ones
-    present = {root / name for name in names if "/__" not in f"/{name}"}
+    present = {root / name for name in names}
     left = sorted(str(file) for file in present - taken if file.suffix in kinds)
     odd = [str(file) for file in taken if kinds & set(file.suffixes[:-1])]  # data.parquet.bak
     require(not odd, f"would take {', '.join(odd[:3])} for data: move other files away")
@@ -502,12 +496,11 @@ def decode_picture(content, use, side):
         image = image.convert("RGBA")
         require(image.getextrema()[3][1] > 0, "transparent everywhere")
         image = Image.alpha_composite(Image.new("RGBA", size, "white"), image)
-    if use == "target" and profile:
-        image = image if image.mode in ("L", "CMYK") else image.convert("RGB")
-        srgb = ImageCms.createProfile("sRGB")
-        with suppress(ImageCms.PyCMSError):
-            image = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode="RGB")
     image = image.convert("RGB")
+    if use == "target" and profile:
+        srgb = ImageCms.createProfile("sRGB")
+        with suppress(ImageCms.PyCMSError):  # a profile of CMYK or grey
+            image = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb)
     if use == "canny":  # as in the example of inference
         from controlnet_aux import CannyDetector
 
@@ -575,64 +568,63 @@ class Cache:
     def encoders(self):
         return load_encoders(self.base, self.device)
 
-    def facts(self, key, make):
-        """Facts of an entry. make() -> (entry, facts) where it is missing, or damaged."""
-        file = Path(self.config.encoded_dir, f"{key}.safetensors")
-        with suppress(OSError, SafetensorError), safe_open(file, "pt") as tensors:
+    def file(self, key):
+        return Path(self.config.encoded_dir, f"{key}.safetensors")
+
+    def facts(self, key):
+        """None where the entry is missing, or damaged."""
+        with suppress(OSError, SafetensorError), safe_open(self.file(key), "pt") as tensors:
             return tensors.get_tensor("facts").tolist()
-        entry, facts = make()
+
+    def keep(self, key, entry, facts):
         tensors = {"entry": entry[0].cpu().contiguous(), "facts": torch.tensor(facts)}
-        with atomic(file) as aside:
+        with atomic(self.file(key)) as aside:
             aside.write_bytes(save(tensors))
         return facts
 
     def caption(self, text):
         """-> (key, tokens)."""
-        text = text.strip()
+        text, most = text.strip(), self.config.max_sequence_length
         key = digest(self.of_captions, text)
-
-        def make():  # one at a time: padding is attended to
-            most = self.config.max_sequence_length
-            with self.lock, torch.no_grad():
+        facts = self.facts(key)
+        if not facts:
+            with self.lock, torch.no_grad():  # one at a time: padding is attended to
                 entry, _ = self.encoders.encode_prompt(text, None, False, max_sequence_length=most)
-            return entry, [entry.shape[1]]
-
-        (tokens,) = self.facts(key, make)
-        return key, tokens
+            facts = self.keep(key, entry, [entry.shape[1]])
+        return key, facts[0]
 
     def picture(self, cell, where, use):
         """-> (key, bytes of the file, facts). Raises Failure, which says where."""
         with explained(where):
             content, path = content_of(cell, self.folder)
         key = digest(self.of_pictures, use, hashlib.sha256(content).hexdigest())
-
-        def make():
+        facts = self.facts(key)
+        if not facts:
             with explained(f"{where}: {path[-100:] or 'bytes'}"):
                 pixels, facts = decode_picture(content, use, self.config.resolution)
             with self.lock, torch.no_grad():
                 vae = self.encoders.vae
-                return vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.parameters, facts
+                moments = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.parameters
+            self.keep(key, moments, facts)
+        return key, content, facts
 
-        return key, content, self.facts(key, make)
-
-
-def read_row(cache, rows, index):
-    """-> (Row, remarks). Raises Failure."""
-    config, cells = cache.config, rows[index]
-    columns = config.conditioning_image_column, config.image_column
-    control, image = ((cells[name], f"row {index}, {name}") for name in columns)
-    caption_key, tokens = cache.caption(cells[config.caption_column])
-    control_key, control_file, control = cache.picture(*control, config.control)
-    image_key, image_file, image = cache.picture(*image, "target")
-    shapes = image[0] * control[1] / (image[1] * control[0])  # of widths to heights
-    remarks = {
-        "the target is smaller than --resolution": min(image[:2]) < config.resolution,
-        "target and control differ in shape, and both become squares": not 0.95 < shapes < 1.05,
-        "the control is the target": config.control == "column" and control_file == image_file,
-        "the control is nearly black everywhere": control[2] < 20,
-    }
-    row = Row(index, image_key, control_key, caption_key, tokens)
-    return row, [remark for remark, is_true in remarks.items() if is_true]
+    def row(self, rows, index):
+        """-> (Row, remarks). Raises Failure."""
+        config, cells = self.config, rows[index]
+        columns = config.conditioning_image_column, config.image_column
+        control, image = ((cells[name], f"row {index}, {name}") for name in columns)
+        caption_key, tokens = self.caption(cells[config.caption_column])
+        control_key, control_file, control = self.picture(*control, config.control)
+        image_key, image_file, image = self.picture(*image, "target")
+        shapes = image[0] * control[1] / (image[1] * control[0])  # of widths to heights
+        remarks = {
+            "the target is smaller than --resolution": min(image[:2]) < config.resolution,
+            "target and control differ in shape, and both become squares": not 0.95 < shapes < 1.05,
+            "the control is the target": config.control == "column" and control_file == image_file,
+            "the control is nearly black everywhere": control[2] < 20,
+        }
+        row = Row(index, image_key, control_key, caption_key, tokens)
+        return row, [remark for remark, is_true in remarks.items() if is_true]
 
 
 def encode(config, base, rows, device):
@@ -646,8 +638,7 @@ def encode(config, base, rows, device):
             caption_key, tokens = cache.caption(prompt)
             cases.append(Row(None, None, control_key, caption_key, tokens))
         empty_key, _ = cache.caption("")
-    read = partial(read_row, cache, rows)
-    threads = config.dataloader_num_workers
+    read, threads = partial(cache.row, rows), config.dataloader_num_workers
     remarked = spread(range(len(rows)), read, "encoding", device, threads)
     del cache, read  # frees the encoders, before the transformer is loaded
     gc.collect()
@@ -864,7 +855,6 @@ def engine_settings(config):
     file = Path(config.deepspeed_config or Path(__file__).with_name("ds_config.json"))
     with explained(f"--deepspeed_config {file}"):
         settings = json.loads(file.read_text())
-        require(isinstance(settings, dict), "a JSON object is expected")
         given = flatten_dict(settings)  # {"zero_optimization.stage": 2, ...}
         for name in given | expected:
             value, choices = given.get(name), expected.get(name)
@@ -884,9 +874,9 @@ def offloads(settings):
 def start_ranks():
     """Joins the other ranks -> this rank's device."""
     if "RANK" not in os.environ:  # no launcher
-        sizes = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-        alone = {os.environ.get(size, "1") for size in sizes} == {"1"}
-        require(alone, "several tasks that do not know of each other: use deepspeed or torchrun")
+        for tasks in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+            says = f"{tasks} = {os.environ.get(tasks)}: start ranks with deepspeed or torchrun"
+            require(os.environ.get(tasks, "1") == "1", says)
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it needs a compiler
@@ -1145,7 +1135,7 @@ def cards_of():
     if not torch.cuda.is_available():
         return Cards(WORLD, "CPU", math.inf, 0)
     number, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    require(number < there, f"more ranks than GPUs, of which PyTorch finds {there} here")
+    require(number < there, f"more ranks than GPUs: PyTorch finds {there} here")
     device = torch.cuda.get_device_properties(number)
     flops = [flops for name, flops in PEAK_FLOPS.items() if name in device.name]
     return Cards(WORLD, device.name, device.total_memory, max(flops, default=0))
@@ -1178,8 +1168,7 @@ def fit_engine(config, settings, transformer, cards, tokens):
     zero = settings["zero_optimization"]
     offload = zero["offload_optimizer"]
     devices = ["none", "cpu"] if offload["device"] == "auto" else [offload["device"]]
-    fastest_first = list(KEPT_PER_BLOCK) if math.isfinite(cards.memory) else ["all"]
-    choices = fastest_first if config.recompute == "auto" else [config.recompute]
+    choices = list(KEPT_PER_BLOCK) if config.recompute == "auto" else [config.recompute]
     for device, choice in itertools.product(devices, choices):  # offloading costs the most time
         config = replace(config, recompute=choice)
         zero = zero | {"offload_optimizer": offload | {"device": device}}
@@ -1372,8 +1361,6 @@ def enter_folders(config, settings, cards, manifest):
                 folder.mkdir(parents=True, exist_ok=True)
             with explained(f"{folders[0]} is in use by another run", filelock.Timeout):
                 lock.acquire()
-            found = [one for _, one in find_checkpoints(config.output_dir)]
-            require(manifest in (found[:1] or [{}]), "a run has just saved here: start again", 1)
             for left in folders[0].glob(".checkpoint-*.tmp"):  # of a run that was killed
                 shutil.rmtree(left)
             describe_run(config, settings, cards)
@@ -1409,7 +1396,6 @@ def leave_weights(folder):
 
 def run(config):
     """The story of a run. It begins with what can be checked, and what is left to decide."""
-    check(config)
     cards = cards_of()
     config = resolve(config, cards.number)
     settings = engine_settings(config)
@@ -1463,13 +1449,12 @@ def main(argv=None):
     try:
         run(parse(argv))
     except Failure as end:
-        joined = dist.is_initialized()  # then rank 0 speaks for all
-        if RANK > 0 and not joined:
-            time.sleep(5)  # rank 0 usually says the same, and ends the run
-        if RANK == 0 or not joined:
-            tqdm.write(f"cv4ctrl.py: {end}", file=sys.stderr)
-        if joined:
+        if dist.is_initialized():  # all ranks end so
+            say(end)
             dist.destroy_process_group()  # else gloo sometimes aborts
+        else:
+            time.sleep(5 * (RANK > 0))  # rank 0 usually says the same, and ends the run
+            tqdm.write(f"cv4ctrl.py: {end}", file=sys.stderr)
         sys.exit(end.code)
 
 

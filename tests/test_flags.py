@@ -28,7 +28,6 @@ def test_a_flag_of_the_example_that_is_not_here_is_refused_by_name_and_without_i
     ("--learning_rate nan", "learning_rate"), ("--adam_beta2 1", "adam_beta2"), (f"--seed {2**64}", "seed"),
     ("--resolution 1000", "resolution 16"), ("--proportion_empty_prompts 1.5", "proportion_empty_prompts 1"),
     ("--total_batch_size 6", "total_batch_size 6"),
-    ("--total_batch_size 8 --gradient_accumulation_steps 4", "total_batch_size 8 accumulation 4"),
     ("--output_dir=", "output_dir"), ("--deepspeed_config README.md", "README.md JSON"),
     ("--dataset_name /nowhere/data", "/nowhere/data"), ("--dataset_name README.md", "README.md"),
     ("--image_column photo", "photo image conditioning_image text"),
@@ -78,9 +77,9 @@ def test_the_engine_gets_what_flags_and_file_say(config, tmp_path):
 
 @pytest.fixture()
 def folder(tmp_path, monkeypatch):
-    """A working folder with two pictures."""
+    """A working folder with pictures."""
     monkeypatch.chdir(tmp_path)
-    for name in ("a.png", "b.png"):
+    for name in ("a.png", "b.png", "pose.jpg"):
         Image.new("RGB", (64, 64)).save(name)
     Path("folder.png").mkdir()
 
@@ -158,7 +157,4 @@ def test_commands_of_the_readme_are_understood(folder):
     recipe = texts[1].rsplit('cv4ctrl.py"', 1)[1].replace('"$@"', "")
     for command in [recipe, *commands]:
         if "--help" not in command:
-            config = cv4ctrl.parse([word for word in shlex.split(command) if word != "[flags]"])
-            for image in config.validation_image or []:
-                Image.new("RGB", (64, 64)).save(image)
-            cv4ctrl.check(config)
+            cv4ctrl.parse([word for word in shlex.split(command) if word != "[flags]"])

@@ -30,7 +30,6 @@ def test_gradients_of_the_engine_are_bitwise_the_same_whatever_is_recomputed(pre
         network = tiny.control_model(base).to(torch.bfloat16 if precision == "bf16" else torch.float32)
         cv4ctrl.recompute(network, choice)
         engine = cv4ctrl.start_engine(config, settings, network)  # its learning rate is 0
-        assert network.is_gradient_checkpointing == (choice != "none")
         model = cv4ctrl.VelocityModel(engine, 64)
         engine.backward(cv4ctrl.flow_matching_loss(model, micro_batch()))
         found[choice] = [safe_get_full_grad(weight).clone() for weight in network.parameters()]
