@@ -25,6 +25,7 @@ import datetime
 import gc
 import glob
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -109,8 +110,6 @@ class Config:
     mixed_precision: Literal["bf16", "no"] = flag("bf16", "no: fp32; never fp16, fp8", kept=True)
     recompute: Literal["auto", "all", "most", "some", "none"] = flag("auto", "in each block")
     compile: bool = flag(False, "compile the blocks: worth a try on a GPU")
-    gradient_checkpointing: bool = flag(False, "no effect: see --recompute")
-    offload: bool = flag(False, "no effect: encoders are freed before training")
 
     # Data
     dataset_name: str = flag("raulc0399/open_pose_controlnet", "hub name, folder or file")
@@ -154,7 +153,6 @@ class Config:
     seed: int = flag(0, "of order, timesteps, noise, dropped captions", least=0, kept=True)
     checkpointing_steps: int = flag(500, "steps between checkpoints")
     checkpoints_total_limit: int = flag(2, "newest checkpoints to keep")
-    resume_from_checkpoint: Literal["latest"] = flag("latest", "no effect: a run always continues")
     report_to: Literal["none", "tensorboard", "wandb"] = flag("none", "tracker; wandb: both")
     deepspeed_config: str | None = flag(None, "engine settings [the shipped ds_config.json]")
     dry_run: bool = flag(False, "check flags, data and base, print the plan, load nothing")
@@ -186,7 +184,9 @@ class FlagParser(transformers.HfArgumentParser):
 def parse(argv=None):
     """Command line -> Config."""
     parser = FlagParser(Config, prog="cv4ctrl.py", allow_abbrev=False)
-    parser.add_argument("--local_rank", help="set by the deepspeed launcher")
+    for ignored in ("--local_rank", "--gradient_checkpointing", "--offload"):
+        parser.add_argument(ignored, nargs="?", help="no effect")
+    parser.add_argument("--resume_from_checkpoint", choices=["latest"], help="as it always does")
     config, _, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
     name = "".join(unknown[:1]).partition("=")[0]  # its value may be a secret
     require(not unknown, f"unknown flag {name}: see --help, and README.md for diffusers' flags")
@@ -236,10 +236,9 @@ def add_control_channels(state):
 
 def empty_transformer(folder):
     """The widened model of a folder's config, without weights (meta device)."""
-    shape = diffusers.CogView4Transformer2DModel.load_config(folder)
+    kind = diffusers.CogView4Transformer2DModel
     with torch.device("meta"):
-        widened = shape | {"in_channels": 2 * LATENT_CHANNELS}
-        return diffusers.CogView4Transformer2DModel.from_config(widened)
+        return kind.from_config(kind.load_config(folder) | {"in_channels": 2 * LATENT_CHANNELS})
 
 
 def load_transformer(folder, dtype, device):
@@ -297,10 +296,7 @@ KEPT_PER_BLOCK = {"none": 22, "some": 7, "most": 3, "all": 1}
 
 
 def recompute(transformer, choice, compiled=False):
-    """Makes the blocks keep what KEPT_PER_BLOCK says, and compiles them.
-
-    In training, diffusers calls run_block(block, *inputs) for each block.
-    """
+    """Makes the blocks keep what KEPT_PER_BLOCK says, and compiles them."""
 
     def policy(context, operator, *args, **kwargs):
         # Attention, whatever the kernel; addmm(bias, x, weight.T), whose args[2] is (in, out).
@@ -310,19 +306,18 @@ def recompute(transformer, choice, compiled=False):
             keep = inputs > outputs or (choice == "some" and inputs == outputs)
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
-    options = {"use_reentrant": False}
-    if choice in ("most", "some"):
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
+    selective = partial(create_selective_checkpoint_contexts, policy)
+    options = {"context_fn": selective} if choice in ("most", "some") else {}
 
     def run_block(block, *inputs):
         if choice == "none":
             return block(*inputs)
-        return activation_checkpoint.checkpoint(block, *inputs, **options)
+        return activation_checkpoint.checkpoint(block, *inputs, use_reentrant=False, **options)
 
     if compiled:  # block and checkpoint together: no policy sees inside a compiled block
         torch._dynamo.config.recompile_limit = 64  # one for each grouping of caption lengths
         run_block = torch.compile(run_block)
-    transformer.enable_gradient_checkpointing(run_block)
+    transformer.enable_gradient_checkpointing(run_block)  # called for each block in training
 
 
 class VelocityModel:
@@ -385,23 +380,16 @@ def flow_matching_loss(model, batch):
     return F.mse_loss(predicted.float(), velocity)
 
 
-def guided_velocity(model, x, control, prompt, empty, timestep, guidance):
-    """Classifier-free guidance, away from the velocity of the empty prompt; 1: without."""
-    velocity = model(x, control, [prompt], timestep)
-    if guidance <= 1:
-        return velocity
-    unguided = model(x, control, [empty], timestep)
-    return unguided + guidance * (velocity - unguided)
-
-
-@torch.no_grad()
 def euler_sample(model, noise, control, prompt, empty, steps, guidance):
     """Noise (1, 16, h, w) -> latents, in the pipeline's steps; prompt, empty (T, 4096)."""
     timesteps = torch.linspace(TIMESTEPS, 1, steps, dtype=torch.float64).long().float()
     sigmas = shifted_sigma(torch.cat([timesteps, torch.zeros(1)]), model.image_tokens).tolist()
     x = noise
     for timestep, sigma, next_sigma in zip(timesteps.to(x.device), sigmas, sigmas[1:]):
-        v = guided_velocity(model, x, control, prompt, empty, timestep[None], guidance)
+        v = model(x, control, [prompt], timestep[None])
+        if guidance > 1:  # classifier-free guidance: away from the velocity of the empty prompt
+            unguided = model(x, control, [empty], timestep[None])
+            v = unguided + guidance * (v - unguided)
         x = (x.float() + (next_sigma - sigma) * v.float()).to(v.dtype)  # as the scheduler rounds
     return x
 
@@ -436,8 +424,7 @@ def refuse_forgotten_files(folder):
     taken = {Path(file) for files in splits.values() for file in files}
     kinds = {file.suffix for file in taken if file.stem != "metadata"}
     root = folder.resolve()
-    names = glob.glob("**/*.*", root_dir=root, recursive=True)  # as `datasets`: no hidden ones
-    present = {root / name for name in names}
+    present = {root / name for name in glob.glob("**/*.*", root_dir=root, recursive=True)}
     left = sorted(str(file) for file in present - taken if file.suffix in kinds)
     odd = [str(file) for file in taken if kinds & set(file.suffixes[:-1])]  # data.parquet.bak
     require(not odd, f"would take {', '.join(odd[:3])} for data: move other files away")
@@ -498,14 +485,12 @@ def decode_picture(content, use, side):
         image = Image.alpha_composite(Image.new("RGBA", size, "white"), image)
     image = image.convert("RGB")
     if use == "target" and profile:
-        srgb = ImageCms.createProfile("sRGB")
         with suppress(ImageCms.PyCMSError):  # a profile of CMYK or grey
+            srgb = ImageCms.createProfile("sRGB")
             image = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb)
     if use == "canny":  # as in the example of inference
-        from controlnet_aux import CannyDetector
-
-        size_options = {"detect_resolution": side, "image_resolution": side}
-        image = CannyDetector()(image, low_threshold=50, high_threshold=200, **size_options)
+        canny = importlib.import_module("controlnet_aux").CannyDetector()
+        image = canny(image, 50, 200, detect_resolution=side, image_resolution=side)
     pixels = VaeImageProcessor(vae_scale_factor=PIXELS_PER_LATENT).preprocess(image, side, side)
     return pixels, [*size, max(high for low, high in image.getextrema())]
 
@@ -515,15 +500,9 @@ def decode_picture(content, use, side):
 # of the cache is named by its key, a digest of all that it depends on.
 
 
-@dataclass(frozen=True)
-class Row:
-    """A usable row, by keys of the cache; a --validation_image has neither index nor image."""
-
-    index: int | None
-    image_key: str | None
-    control_key: str
-    caption_key: str
-    tokens: int  # of the caption
+# A usable row, by keys of the cache; a --validation_image has neither index nor image_key.
+Row = namedtuple("Row", "index image_key control_key caption_key tokens")  # tokens of the caption
+LOADING = dict(dtype=torch.bfloat16, use_safetensors=True, low_cpu_mem_usage=False)  # no accelerate
 
 
 def fingerprint(folder):
@@ -539,46 +518,36 @@ def fingerprint(folder):
     return digest(*parts)
 
 
-def load_encoders(base, device, **parts):
-    """The base's pipeline in bf16, without transformer and those parts that are given as None."""
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    options = dict(transformer=None, dtype=torch.bfloat16, use_safetensors=True)
-    options |= dict(low_cpu_mem_usage=False) | parts  # that would need accelerate
-    return diffusers.CogView4ControlPipeline.from_pretrained(base, **options).to(device)
-
-
 class Cache:
-    """Encodes what it lacks. A file holds an entry and facts about it.
-
-    These are [tokens] of a caption, [width, height, largest value] of a picture.
-    """
+    """Encodes what it lacks. A file holds an entry, and facts about it for read_row."""
 
     def __init__(self, config, base, device):
         self.config, self.base, self.device = config, base, device
+        self.encoded = Path(config.encoded_dir)
         source = Path(config.dataset_name)
         self.folder = source if source.is_dir() else source.parent  # paths are relative to it
         vae, *text = (fingerprint(base / part) for part in ("vae", "text_encoder", "tokenizer"))
-        version = 4  # of decode_picture, or the cache would serve old pixels
-        self.of_pictures = digest("pictures", version, vae, config.resolution)
+        self.of_pictures = digest("pictures", 4, vae, config.resolution)  # 4: of decode_picture
         self.of_captions = digest("captions", *text, config.max_sequence_length)
         self.lock = threading.Lock()  # threads read at once, but encode one by one
 
     @cached_property
     def encoders(self):
-        return load_encoders(self.base, self.device)
-
-    def file(self, key):
-        return Path(self.config.encoded_dir, f"{key}.safetensors")
+        """The base's pipeline, without its transformer."""
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+        pipeline = diffusers.CogView4ControlPipeline
+        return pipeline.from_pretrained(self.base, transformer=None, **LOADING).to(self.device)
 
     def facts(self, key):
         """None where the entry is missing, or damaged."""
-        with suppress(OSError, SafetensorError), safe_open(self.file(key), "pt") as tensors:
+        file = self.encoded / f"{key}.safetensors"
+        with suppress(OSError, SafetensorError), safe_open(file, "pt") as tensors:
             return tensors.get_tensor("facts").tolist()
 
     def keep(self, key, entry, facts):
         tensors = {"entry": entry[0].cpu().contiguous(), "facts": torch.tensor(facts)}
-        with atomic(self.file(key)) as aside:
+        with atomic(self.encoded / f"{key}.safetensors") as aside:
             aside.write_bytes(save(tensors))
         return facts
 
@@ -608,7 +577,7 @@ class Cache:
             self.keep(key, moments, facts)
         return key, content, facts
 
-    def row(self, rows, index):
+    def read_row(self, rows, index):
         """-> (Row, remarks). Raises Failure."""
         config, cells = self.config, rows[index]
         columns = config.conditioning_image_column, config.image_column
@@ -619,7 +588,7 @@ class Cache:
         shapes = image[0] * control[1] / (image[1] * control[0])  # of widths to heights
         remarks = {
             "the target is smaller than --resolution": min(image[:2]) < config.resolution,
-            "target and control differ in shape, and both become squares": not 0.95 < shapes < 1.05,
+            "target and control differ in shape": not 0.95 < shapes < 1.05,
             "the control is the target": config.control == "column" and control_file == image_file,
             "the control is nearly black everywhere": control[2] < 20,
         }
@@ -638,7 +607,7 @@ def encode(config, base, rows, device):
             caption_key, tokens = cache.caption(prompt)
             cases.append(Row(None, None, control_key, caption_key, tokens))
         empty_key, _ = cache.caption("")
-    read, threads = partial(cache.row, rows), config.dataloader_num_workers
+    read, threads = partial(cache.read_row, rows), config.dataloader_num_workers
     remarked = spread(range(len(rows)), read, "encoding", device, threads)
     del cache, read  # frees the encoders, before the transformer is loaded
     gc.collect()
@@ -693,8 +662,6 @@ class Stream:
     train: list[Row]
     held_out: list[Row]
     cases: list[Row]  # of --validation_image
-    rank: int = RANK
-    world: int = WORLD
 
     def entry(self, key):
         """Prompt embedding (T, 4096) or posterior moments (32, h, w), bf16."""
@@ -711,7 +678,7 @@ class Stream:
         row = rows[permutation(seed, k // len(rows), len(rows))[k % len(rows)]]
         chance = torch.rand((), generator=generator(seed, "caption", k))
         if chance < self.config.proportion_empty_prompts:
-            return replace(row, caption_key=self.empty_key, tokens=0)
+            return row._replace(caption_key=self.empty_key, tokens=0)
         return row
 
     def sample(self, row, timestep, *address):
@@ -750,7 +717,7 @@ class Stream:
         of_step = range(step * total, (step + 1) * total)
         # Sorted by caption length, so that padding is rare.
         by_length = sorted(of_step, key=lambda k: self.row(k).tokens)
-        mine = by_length[(turn * self.world + self.rank) * size :][:size]
+        mine = by_length[(turn * WORLD + RANK) * size :][:size]
         return collate([self.training_sample(k) for k in mine], device)
 
 
@@ -797,7 +764,7 @@ def draw_pictures(model, stream, base):
     if config.num_inference_steps == 0:
         return None
     rows = stream.cases + (stream.held_out or stream.train)[:4]
-    vae = load_encoders(base, device, text_encoder=None, tokenizer=None).vae
+    vae = diffusers.AutoencoderKL.from_pretrained(base / "vae", **LOADING).to(device)
     options = config.num_inference_steps, config.guidance_scale
 
     def draw(row):  # -> (1, 3, side, 3 side)
@@ -832,15 +799,8 @@ ENGINE = {  # what ds_config.json must say, and the choice; what flags say is "a
     "zero_optimization.offload_optimizer.pin_memory": [True, False],
 }
 TIMEOUT = datetime.timedelta(hours=2)  # of waiting for a rank that hangs
+TrainState = namedtuple("TrainState", "step skipped", defaults=(0, 0))  # skipped: not finite
 STATE = {"fp32": None, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}  # in files -> in DeepSpeed
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """Steps done, and those of them without finite gradients."""
-
-    step: int = 0
-    skipped: int = 0
 
 
 def engine_settings(config):
@@ -867,16 +827,11 @@ def engine_settings(config):
     return settings | of_flags | {"bf16": bf16}
 
 
-def offloads(settings):
-    return settings["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
-
-
 def start_ranks():
     """Joins the other ranks -> this rank's device."""
     if "RANK" not in os.environ:  # no launcher
         for tasks in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-            says = f"{tasks} = {os.environ.get(tasks)}: start ranks with deepspeed or torchrun"
-            require(os.environ.get(tasks, "1") == "1", says)
+            require(os.environ.get(tasks, "1") == "1", f"{tasks} > 1: use deepspeed or torchrun")
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it needs a compiler
@@ -895,7 +850,7 @@ def start_ranks():
 
 def start_engine(config, settings, transformer, checkpoint=None, state=TrainState()):
     """deepspeed.initialize with AdamW, in the state of a checkpoint."""
-    offloaded = offloads(settings)
+    offloaded = settings["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
     options = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
     options |= {"lr": 0.0, "weight_decay": config.adam_weight_decay}
     on_card = partial(torch.optim.AdamW, fused=True)
@@ -946,9 +901,8 @@ def save_checkpoint(engine, config, state, identity):
     with fail_together():
         if RANK == 0:
             engine.module.save_pretrained(aside / "transformer", max_shard_size="100GB")
-            files = aside.glob("*/*")
-            sizes = {str(file.relative_to(aside)): file.stat().st_size for file in files}
-            manifest = asdict(state) | {"identity": identity, "files": sizes}
+            sizes = {str(one.relative_to(aside)): one.stat().st_size for one in aside.glob("*/*")}
+            manifest = state._asdict() | {"identity": identity, "files": sizes}
             (aside / "manifest.json").write_text(json.dumps(manifest, indent=1))
             os.sync()
             shutil.rmtree(folder, ignore_errors=True)  # a damaged one
@@ -976,8 +930,7 @@ def check_same_run(manifest, identity):
     """Fails where continuing would change the samples, or the meaning of the state."""
     for name, now in identity.items():
         saved = manifest.get("identity", {}).get(name, now)
-        change = f"{name} was {saved} and is {now}"
-        require(saved == now, f"{change}: restore it, or take another --output_dir")
+        require(saved == now, f"{name} was {saved} and is {now}: keep it, or change --output_dir")
 
 
 # === the loop ===
@@ -995,21 +948,18 @@ def raise_if_stopped(device):
 
 
 def open_tracker(config, step):
-    """Writer for tensorboard, from which wandb takes its figures. A continued run continues both."""
+    """Writer for tensorboard, of which wandb takes its figures. A continued run continues both."""
     folder = Path(config.output_dir)
     try:
-        from torch.utils.tensorboard import SummaryWriter
-
         if config.report_to == "wandb":
-            import wandb
-
             name = folder / "wandb-id"
             if not name.exists():
                 name.write_text(os.urandom(8).hex())
             sys.stdin = open(os.devnull)  # without a login it would ask, and wait
             options = {"id": name.read_text(), "resume": "allow", "config": asdict(config)}
-            wandb.init(sync_tensorboard=True, **options)
-        return SummaryWriter(folder / "logs", purge_step=step + 1)
+            importlib.import_module("wandb").init(sync_tensorboard=True, **options)
+        tensorboard = importlib.import_module("torch.utils.tensorboard")
+        return tensorboard.SummaryWriter(folder / "logs", purge_step=step + 1)
     except Exception as error:  # no package, network or login is no reason to end the run
         say(f"--report_to {config.report_to}: {error}; the run goes on without it")
 
@@ -1021,8 +971,7 @@ class Log:
         self.file = Path(config.output_dir, "metrics.jsonl")
         tracked = RANK == 0 and config.report_to != "none"
         self.tracker = open_tracker(config, step) if tracked else None
-        steps = config.max_train_steps
-        self.bar = tqdm(None, "training", total=steps, initial=step, **BAR)
+        self.bar = tqdm(None, "training", config.max_train_steps, initial=step, **BAR)
 
     def write(self, kind, step, figures, picture=None):
         """Writes figures of kind "train" or "probe". All ranks must call it."""
@@ -1057,9 +1006,7 @@ def train_step(engine, model, batches, config, rate):
         engine.step()  # after the last micro-batch: clips, and lets AdamW act if all is finite
         losses.append(loss.detach())
     if not engine.was_step_applied():  # DeepSpeed 0.19.8 keeps the sums if it offloads them
-        sums = getattr(engine.optimizer, "averaged_gradients", {})
-        for name in sums:
-            sums[name] = None
+        engine.optimizer.averaged_gradients.clear()
     loss = torch.stack(losses).mean() / WORLD
     dist.all_reduce(loss)
     figures = {"loss": loss.item(), "lr": rate}  # item waits for the GPU: the clock is true
@@ -1070,13 +1017,13 @@ def train_step(engine, model, batches, config, rate):
 
 def learning_rate(config, step):
     """Learning rate after `step` steps: those of diffusers' get_scheduler."""
-    warm_up = config.lr_warmup_steps
+    rate, warm_up = config.learning_rate, config.lr_warmup_steps
     if step < warm_up:
-        return config.learning_rate * step / warm_up
-    if config.lr_scheduler != "cosine":
-        return config.learning_rate
+        return rate * step / warm_up
+    if config.lr_scheduler == "constant_with_warmup":
+        return rate
     done = (step - warm_up) / max(1, config.max_train_steps - warm_up)
-    return config.learning_rate * (1 + math.cos(math.pi * done)) / 2
+    return rate * (1 + math.cos(math.pi * done)) / 2
 
 
 def train(engine, stream, base, identity, state):
@@ -1084,8 +1031,7 @@ def train(engine, stream, base, identity, state):
     config = stream.config
     model = VelocityModel(engine, config.resolution)
     log = Log(config, state.step)
-    start = state.step * config.gradient_accumulation_steps
-    batches = stream.micro_batches(model.device, start)
+    batches = stream.micro_batches(model.device, state.step * config.gradient_accumulation_steps)
     saved, failed = state.step, 0
     try:
         while True:
@@ -1096,8 +1042,7 @@ def train(engine, stream, base, identity, state):
                 save_checkpoint(engine, config, state, identity)
                 saved = state.step
 
-            # Evaluate: before the first step, every validation_steps, and at the end. A run that
-            # continues here does it again.
+            # Evaluate, also before the first step and at the end.
             if last or state.step % config.validation_steps == 0:
                 picture = draw_pictures(model, stream, base)
                 log.write("probe", state.step, probe(model, stream), picture)
@@ -1105,8 +1050,7 @@ def train(engine, stream, base, identity, state):
                 break
 
             # Train one step.
-            rate = learning_rate(config, state.step)
-            figures = train_step(engine, model, batches, config, rate)
+            figures = train_step(engine, model, batches, config, learning_rate(config, state.step))
             failed = 0 if engine.was_step_applied() else failed + 1
             state = TrainState(state.step + 1, state.skipped + (failed > 0))
             figures["samples"] = state.step * config.total_batch_size
@@ -1126,7 +1070,6 @@ USABLE = 0.9  # of a card's memory; CUDA, NCCL and fragmentation take the rest
 UTILISATION = 0.35, 0.2  # of a card's peak: what full fine-tunes of such models reach (README)
 HOST_BYTES = 21.5  # a weight, if offloaded; pinned memory is rounded up to powers of two
 TEXT_ENCODER_GB = 19  # GLM-4-9B in bf16
-
 Cards = namedtuple("Cards", "number name memory flops")  # memory and flops are those of one
 
 
@@ -1194,15 +1137,14 @@ def longest_caption(config, base, rows):
     return 16 * math.ceil(min(tokens, most) / 16)
 
 
-def print_plan(config, settings, cards, rows, done, weights, memory, flops):
-    """Prints what a run takes. rows, done, weights: their numbers."""
+def print_plan(config, cards, transformer, rows, done, memory, flops):
+    """Prints what a run takes. rows, done (steps): their numbers."""
     total, steps = config.total_batch_size, config.max_train_steps
     needed, usable = sum(memory.values()) / 1e9, USABLE * cards.memory / 1e9
     parts = ", ".join(f"{part} {size / 1e9:.1f}" for part, size in memory.items())
-    host = offloads(settings) * HOST_BYTES * weights / 1e9
-    print(f"steps   {steps} of {total} samples, {done} done; {rows} rows")
-    print(f"memory  {needed:.1f} of {usable:.0f} usable GB, {cards.name}: {parts}")
-    print(f"        with --recompute {config.recompute}")
+    host = 0 if "optimizer" in memory else HOST_BYTES * transformer.num_parameters() / 1e9
+    print(f"steps   {steps} of {total} samples, {done} done; {rows} rows; {cards.name}")
+    print(f"memory  {needed:.1f} of {usable:.0f} usable GB, {config.recompute} recomputed: {parts}")
     print(f"host    {TEXT_ENCODER_GB} GB a rank while encoding; optimizer {host:.0f} GB in all")
     if cards.flops and config.mixed_precision == "bf16":
         best = total * flops / cards.number / cards.flops  # seconds of a step at the peak
@@ -1215,8 +1157,8 @@ def print_plan(config, settings, cards, rows, done, weights, memory, flops):
 # A user's mistake is a Failure: one line and an exit code. Anything else is a bug, and a traceback.
 # What only one rank can see, such as a full disk, it tells the others, and all end.
 
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # else captions of many lengths fragment the memory
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+# Captions of many lengths would fragment the memory. PYTORCH_CUDA_ALLOC_CONF has precedence.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 os.environ["PATH"] += f":{Path(sys.executable).parent}"  # of ninja, which DeepSpeed calls by name
 BAR = {"disable": RANK > 0, "mininterval": 0.1 if sys.stderr.isatty() else 10}  # options of tqdm
 
@@ -1327,13 +1269,12 @@ def weight_files(folder, stem):
 
 def find_base(config):
     """-> (folder of the base, folder of the transformer to start from), checked."""
-    name = config.pretrained_model_name_or_path
-    base = Path(name)
+    base = Path(config.pretrained_model_name_or_path)
     weights = base.is_dir() or not config.dry_run  # a plan does not download them
     if not base.is_dir():
         patterns = ["*.json", "*.txt", "*.model"] + ["*.safetensors"] * weights
-        with explained(f"--pretrained_model_name_or_path {name}"):
-            base = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+        with explained(f"--pretrained_model_name_or_path {base}"):
+            base = Path(huggingface_hub.snapshot_download(str(base), allow_patterns=patterns))
     start_from = Path(config.transformer or base / "transformer")
     expected = {base / "scheduler" / "scheduler_config.json": SCHEDULER}
     expected |= {base / "vae" / "config.json": VAE, start_from / "config.json": TRANSFORMER}
@@ -1352,24 +1293,23 @@ def find_base(config):
 
 def enter_folders(config, settings, cards, manifest):
     """-> the lock of output_dir. Fails unless all ranks share the folders and decided the same."""
-    folders = Path(config.output_dir), Path(config.encoded_dir)
-    lock = filelock.FileLock(folders[0] / ".lock", blocking=False)
-    token = all_gather_objects(f".{os.urandom(8).hex()}.tmp")[0]
+    name = all_gather_objects(f".{os.urandom(8).hex()}.tmp")[0]
+    tokens = [Path(folder, name) for folder in (config.output_dir, config.encoded_dir)]
+    lock = filelock.FileLock(tokens[0].with_name(".lock"), blocking=False)
     with fail_together(), explained("--output_dir, --encoded_dir"):
         if RANK == 0:
-            for folder in folders:
-                folder.mkdir(parents=True, exist_ok=True)
-            with explained(f"{folders[0]} is in use by another run", filelock.Timeout):
+            with explained(f"{config.output_dir} is in use by another run", filelock.Timeout):
                 lock.acquire()
-            for left in folders[0].glob(".checkpoint-*.tmp"):  # of a run that was killed
+            for token in tokens:
+                token.parent.mkdir(parents=True, exist_ok=True)
+                token.touch()
+            for left in tokens[0].parent.glob(".checkpoint-*.tmp"):  # of a run that was killed
                 shutil.rmtree(left)
             describe_run(config, settings, cards)
-            for folder in folders:
-                (folder / token).touch()
-    seen = [(folder / token).exists() for folder in folders]
+    seen = [token.exists() for token in tokens]
     views = set(all_gather_objects(digest(seen, config, settings, manifest)))
-    for folder in folders:
-        (folder / token).unlink(missing_ok=True)
+    for token in tokens:
+        token.unlink(missing_ok=True)
     says = f"flags, cards, the newest checkpoint, or {config.output_dir}, {config.encoded_dir}"
     require(len(views) == 1, f"the ranks do not see the same: {says}, which they must share")
     return lock
@@ -1410,14 +1350,12 @@ def run(config):
     tokens = longest_caption(config, base, rows)
     config, settings, memory, flops = fit_engine(config, settings, transformer, cards, tokens)
     if RANK == 0:
-        numbers = len(rows), state.step, transformer.num_parameters()
-        print_plan(config, settings, cards, *numbers, memory, flops)
-    compiler = shutil.which("g++") or not (config.compile or offloads(settings))
-    require(compiler, "g++ is not on the PATH: an optimizer on the host and --compile need it")
+        print_plan(config, cards, transformer, len(rows), state.step, memory, flops)
+    compiles = config.compile or "optimizer" not in memory  # but on the host, by DeepSpeed's Adam
+    require(shutil.which("g++") or not compiles, "--compile and offloading need g++ on the PATH")
     if config.dry_run:
         return
-    gpu = cards.name != "CPU" or transformer.num_parameters() < 1e9
-    require(gpu, "PyTorch finds no GPU")
+    require(cards.name != "CPU" or transformer.num_parameters() < 1e9, "PyTorch finds no GPU")
 
     # Prepare.
     device = start_ranks()

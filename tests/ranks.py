@@ -179,7 +179,6 @@ def gradients(argv, file):
     import cv4ctrl
 
     def train(engine, stream, *_):
-        assert engine.module.is_gradient_checkpointing  # which auto means where the memory is unknown
         assert not {"GlmModel", "AutoencoderKL"} & {type(each).__name__ for each in gc.get_objects()}
         model = cv4ctrl.VelocityModel(engine, stream.config.resolution)
         for turn in range(stream.config.gradient_accumulation_steps):

@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import types
-from dataclasses import replace
 
 import cv2
 import datasets
@@ -42,7 +41,7 @@ def read(config, base):
     def run(row, **options):
         cache = Pixels(config(**options), base, "cpu")
         try:
-            found, remarks = cache.row([row], 0)
+            found, remarks = cache.read_row([row], 0)
         except cv4ctrl.Failure as failure:
             return None, str(failure)
         return [cache.pixels[key] for key in (found.image_key, found.control_key)], "".join(remarks)
@@ -121,7 +120,7 @@ def test_whole_pictures_are_held_out_with_controls_that_differ(rows):
     train, held_out = cv4ctrl.hold_out(rows, 32)
     assert 4 <= len(held_out) <= 32 and len(train) >= 0.9 * len(rows)
     assert not pictures(train) & pictures(held_out) and len(pictures(held_out)) == 2 * len(held_out)
-    shuffled = [replace(row, index=n) for n, row in enumerate(random.Random(0).sample(rows, len(rows)))]
+    shuffled = [row._replace(index=n) for n, row in enumerate(random.Random(0).sample(rows, len(rows)))]
     assert {row.image_key for row in cv4ctrl.hold_out(shuffled, 32)[1]} == {row.image_key for row in held_out}
     assert [len(part) for part in cv4ctrl.hold_out(rows, 0)] == [len(rows), 0]
 

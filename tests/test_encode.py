@@ -4,7 +4,6 @@ import io
 import json
 import os
 import shutil
-from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -156,7 +155,7 @@ def test_validation_images_are_encoded_like_the_data(encode, refused, flags, pip
     pixels = pipe.image_processor.preprocess(load_image("own.png"), 64, 64).bfloat16()
     assert torch.equal(after.entry(own.control_key), pipe.vae.encode(pixels).latent_dist.parameters[0])
     assert torch.equal(after.entry(own.caption_key), pipe.encode_prompt(captions[0], None, False)[0][0])
-    assert known == replace(by_index(before)[1], index=None, image_key=None)
+    assert known == by_index(before)[1]._replace(index=None, image_key=None)
     (tmp_path / "own.png").write_bytes(control[:60])
     options = {"validation_image": "own.png", "validation_prompt": "a"}
     line = refused(flags(tmp_path / "out", encoded_dir=tmp_path / "cache", **options), progress=True)

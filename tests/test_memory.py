@@ -163,7 +163,7 @@ def test_a_machine_without_a_compiler_is_refused_where_one_is_needed(
     monkeypatch.setattr(cv4ctrl.shutil, "which", lambda name: compiler)
     file = engine_file(tmp_path, "zero_optimization.offload_optimizer.device", device)
     argv = [*flags(tmp_path / "out", deepspeed_config=file, compile=compiled), "--dry_run"]
-    assert "g++ is not on the PATH" in refused(argv) if wrong else cv4ctrl.main(argv) is None
+    assert "need g++ on the PATH" in refused(argv) if wrong else cv4ctrl.main(argv) is None
 
 
 def put_cards(monkeypatch, number, name, memory):
@@ -182,15 +182,15 @@ def test_the_printed_plan(cogview, flags, capsys, tmp_path, monkeypatch):
     flops = 6 * 12 * 28 * 4096**2 * (4096 + longest) + 12 * 28 * 4096 * (4096 + longest) ** 2  # 167e12 with 128 tokens
     cv4ctrl.main([*flags(tmp_path / "out", **common, max_train_steps=1000), "--dry_run"])
     plan = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert plan["steps"] == "1000 of 32 samples, 0 done; 48 rows"
+    assert plan["steps"] == "1000 of 32 samples, 0 done; 48 rows; NVIDIA H100 80GB HBM3"
     a, b = (4 * flops / (share * 989e12) for share in (0.35, 0.2))
     hours = a * 1000 / 3600, b * 1000 / 3600
     times = a, b, *hours, hours[0] / 2, hours[1] / 2  # a crash: 500 steps
     text = "{:.1f} to {:.1f} s a step, {:.1f} to {:.1f} hours; a crash costs {:.1f} to {:.1f}"
     assert plan["time"] == text.format(*times)
-    total, parts = plan["memory"].split(" of 76 usable GB, NVIDIA H100 80GB HBM3: ")
+    total, parts = plan["memory"].split(" of 76 usable GB, some recomputed: ")
     assert parts.startswith("weights 12.7, gradients 3.2, buckets 0.5, optimizer 9.6, activations ")
-    assert float(total) < 76 and plan["with"] == "--recompute some"
+    assert float(total) < 76
     put_cards(monkeypatch, 8, "Another Card", 85e9)  # of unknown speed
     file = engine_file(tmp_path, "zero_optimization.offload_optimizer.device", "cpu")
     cv4ctrl.main([*flags(tmp_path / "out", **common, deepspeed_config=file), "--dry_run"])

@@ -13,9 +13,13 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture()
-def make(encoded, config):
+def make(encoded, config, monkeypatch):
+    """The stream as a rank sees it."""
+
     def run(rank=0, world=1, **options):
-        return cv4ctrl.replace(encoded, config=config(world=world, **options), rank=rank, world=world)
+        monkeypatch.setattr(cv4ctrl, "RANK", rank)
+        monkeypatch.setattr(cv4ctrl, "WORLD", world)
+        return cv4ctrl.replace(encoded, config=config(world=world, **options))
 
     return run
 

@@ -160,12 +160,11 @@ def section_reference(bench):
     names = ("pretrained_model_name_or_path", "dataset_name", "resolution", "train_batch_size", "mixed_precision",
              "max_train_steps", "dataloader_num_workers")  # fmt: skip
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    load_encoders, measured = cv4ctrl.load_encoders, []
+    encoders, measured = cv4ctrl.Cache.encoders.func, []
     dtype = torch.float32 if bench.flags.mixed_precision == "no" else torch.bfloat16  # in which the example encodes
 
-    def load(*args, **options):
-        return load_encoders(*args, **options).to(dtype)
-
+    cast = functools.cached_property(lambda cache: encoders(cache).to(dtype))
+    cast.__set_name__(cv4ctrl.Cache, "encoders")
     for n, visits in itertools.product(range(bench.options.repeats), VISITS):
         steps = visits * bench.options.rows // bench.flags.train_batch_size
         config = dataclasses.replace(bench.flags, dataset_name=data, max_train_steps=steps)
@@ -175,8 +174,8 @@ def section_reference(bench):
         command = [sys.executable, f"{ROOT}/tests/bench/reference.py", bench.options.reference, *words]
         done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
         folder = Path(bench.folder, f"run-{n}-{visits}")
-        with mock.patch.multiple(cv4ctrl, load_encoders=load, save_checkpoint=mock.Mock(), leave_weights=mock.Mock()):
-            with mock.patch.object(cv4ctrl.dist, "destroy_process_group"):
+        with mock.patch.multiple(cv4ctrl, save_checkpoint=mock.Mock(), leave_weights=mock.Mock()):
+            with mock.patch.object(cv4ctrl.dist, "destroy_process_group"), mock.patch.object(cv4ctrl.Cache, "encoders", cast):
                 start = time.perf_counter()
                 cv4ctrl.run(dataclasses.replace(config, output_dir=str(folder)))
                 whole = time.perf_counter() - start
