@@ -380,6 +380,11 @@ def flow_matching_loss(model, batch):
     return F.mse_loss(predicted.float(), velocity)
 
 
+def guided(velocity, unguided, guidance):
+    """Classifier-free guidance: away from the velocity of the empty prompt."""
+    return unguided + guidance * (velocity - unguided)
+
+
 def euler_sample(model, noise, control, prompt, empty, steps, guidance):
     """Noise (1, 16, h, w) -> latents, in the pipeline's steps; prompt, empty (T, 4096)."""
     timesteps = torch.linspace(TIMESTEPS, 1, steps, dtype=torch.float64).long().float()
@@ -387,9 +392,8 @@ def euler_sample(model, noise, control, prompt, empty, steps, guidance):
     x = noise
     for timestep, sigma, next_sigma in zip(timesteps.to(x.device), sigmas, sigmas[1:]):
         v = model(x, control, [prompt], timestep[None])
-        if guidance > 1:  # classifier-free guidance: away from the velocity of the empty prompt
-            unguided = model(x, control, [empty], timestep[None])
-            v = unguided + guidance * (v - unguided)
+        if guidance > 1:
+            v = guided(v, model(x, control, [empty], timestep[None]), guidance)
         x = (x.float() + (next_sigma - sigma) * v.float()).to(v.dtype)  # as the scheduler rounds
     return x
 
@@ -477,17 +481,17 @@ def decode_picture(content, use, side):
         deep = image.mode[0] in "IF" or ";16" in str(image.tile)  # opened as RGB of 8 bits
         image = None if deep else ImageOps.exif_transpose(image)
     require(image, "more than 8 bits a channel, which inference cuts: scale them to 0 ... 255")
-    size, profile = image.size, image.info.get("icc_profile")
+    size, icc = image.size, image.info.get("icc_profile")
     # Inference ignores transparency and colour profile of a control: they matter in targets only.
     if use != "column" and image.has_transparency_data:
         image = image.convert("RGBA")
         require(image.getextrema()[3][1] > 0, "transparent everywhere")
         image = Image.alpha_composite(Image.new("RGBA", size, "white"), image)
     image = image.convert("RGB")
-    if use == "target" and profile:
+    if use == "target" and icc:
+        srgb = ImageCms.createProfile("sRGB")
         with suppress(ImageCms.PyCMSError):  # a profile of CMYK or grey
-            srgb = ImageCms.createProfile("sRGB")
-            image = ImageCms.profileToProfile(image, io.BytesIO(profile), srgb)
+            image = ImageCms.profileToProfile(image, io.BytesIO(icc), srgb)
     if use == "canny":  # as in the example of inference
         canny = importlib.import_module("controlnet_aux").CannyDetector()
         image = canny(image, 50, 200, detect_resolution=side, image_resolution=side)
@@ -527,7 +531,7 @@ class Cache:
         source = Path(config.dataset_name)
         self.folder = source if source.is_dir() else source.parent  # paths are relative to it
         vae, *text = (fingerprint(base / part) for part in ("vae", "text_encoder", "tokenizer"))
-        self.of_pictures = digest("pictures", 4, vae, config.resolution)  # 4: of decode_picture
+        self.of_pictures = digest("pictures", 4, vae, config.resolution)  # 4: its decoding
         self.of_captions = digest("captions", *text, config.max_sequence_length)
         self.lock = threading.Lock()  # threads read at once, but encode one by one
 
@@ -585,10 +589,10 @@ class Cache:
         caption_key, tokens = self.caption(cells[config.caption_column])
         control_key, control_file, control = self.picture(*control, config.control)
         image_key, image_file, image = self.picture(*image, "target")
-        shapes = image[0] * control[1] / (image[1] * control[0])  # of widths to heights
+        stretch = image[0] * control[1] / (image[1] * control[0])  # ratio of their aspect ratios
         remarks = {
             "the target is smaller than --resolution": min(image[:2]) < config.resolution,
-            "target and control differ in shape": not 0.95 < shapes < 1.05,
+            "target and control differ in shape": not 0.95 < stretch < 1.05,
             "the control is the target": config.control == "column" and control_file == image_file,
             "the control is nearly black everywhere": control[2] < 20,
         }
@@ -880,8 +884,7 @@ def save_state(engine, folder):
     names = sorted(weights, key=lambda name: weights[name].numel())
     for first in tqdm(range(0, len(names), WORLD), "saving", leave=False, **BAR):
         mine = {}
-        for rank, name in enumerate(names[first : first + WORLD]):
-            # Each rank holds a part of it: all gather what one of them will write.
+        for rank, name in enumerate(names[first : first + WORLD]):  # all gather what one writes
             state = {e: safe_get_full_optimizer_state(weights[name], STATE[e]) for e in STATE}
             if rank == RANK:
                 mine[name] = {e: state[e].cpu() for e in state}
@@ -948,7 +951,7 @@ def raise_if_stopped(device):
 
 
 def open_tracker(config, step):
-    """Writer for tensorboard, of which wandb takes its figures. A continued run continues both."""
+    """Tensorboard's writer, from which wandb takes its figures. A continued run continues both."""
     folder = Path(config.output_dir)
     try:
         if config.report_to == "wandb":
@@ -1157,8 +1160,7 @@ def print_plan(config, cards, transformer, rows, done, memory, flops):
 # A user's mistake is a Failure: one line and an exit code. Anything else is a bug, and a traceback.
 # What only one rank can see, such as a full disk, it tells the others, and all end.
 
-# Captions of many lengths would fragment the memory. PYTORCH_CUDA_ALLOC_CONF has precedence.
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # else it fragments
 os.environ["PATH"] += f":{Path(sys.executable).parent}"  # of ninja, which DeepSpeed calls by name
 BAR = {"disable": RANK > 0, "mininterval": 0.1 if sys.stderr.isatty() else 10}  # options of tqdm
 
@@ -1351,17 +1353,15 @@ def run(config):
     config, settings, memory, flops = fit_engine(config, settings, transformer, cards, tokens)
     if RANK == 0:
         print_plan(config, cards, transformer, len(rows), state.step, memory, flops)
-    compiles = config.compile or "optimizer" not in memory  # but on the host, by DeepSpeed's Adam
+    compiles = config.compile or "optimizer" not in memory  # Adam of the host is DeepSpeed's
     require(shutil.which("g++") or not compiles, "--compile and offloading need g++ on the PATH")
     if config.dry_run:
         return
     require(cards.name != "CPU" or transformer.num_parameters() < 1e9, "PyTorch finds no GPU")
 
-    # Prepare.
+    # Meet the other ranks, and encode.
     device = start_ranks()
     _lock = enter_folders(config, settings, cards, manifest)  # held until the end
-
-    # Encode.
     stream = encode(config, base, rows, device)
     identity["training data"] = f"{len(stream.train)} rows, digest {digest(*stream.train)}"
     check_same_run(manifest, identity)
