@@ -28,6 +28,7 @@ def test_a_flag_of_the_example_that_is_not_here_is_refused_by_name_and_without_i
     ("--learning_rate nan", "learning_rate"), ("--adam_beta2 1", "adam_beta2"), (f"--seed {2**64}", "seed"),
     ("--resolution 1000", "resolution 16"), ("--proportion_empty_prompts 1.5", "proportion_empty_prompts 1"),
     ("--total_batch_size 6", "total_batch_size 6"),
+    ("--total_batch_size 8 --gradient_accumulation_steps 4", "total_batch_size 8 accumulation"),
     ("--output_dir=", "output_dir"), ("--deepspeed_config README.md", "README.md JSON"),
     ("--dataset_name /nowhere/data", "/nowhere/data"), ("--dataset_name README.md", "README.md"),
     ("--image_column photo", "photo image conditioning_image text"),
