@@ -208,9 +208,7 @@ def resolve(config, world):
     """Fills in what follows from other flags, for `world` ranks."""
     micro = config.train_batch_size * world
     total = config.total_batch_size or micro * config.gradient_accumulation_steps
-    says = (
-        f"--total_batch_size {total}: must be batch size x ranks = {micro} times the accumulation"
-    )
+    says = f"--total_batch_size {total}: must be {micro} (batch size x ranks) x the accumulation"
     require(total % micro == 0 and config.gradient_accumulation_steps in (1, total // micro), says)
     filled = {"total_batch_size": total, "gradient_accumulation_steps": total // micro}
     filled["encoded_dir"] = config.encoded_dir or f"{config.output_dir}/encoded"
