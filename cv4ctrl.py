@@ -49,6 +49,7 @@ import deepspeed
 import diffusers
 import filelock
 import huggingface_hub
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -200,7 +201,7 @@ def validation_cases(config):
         require(os.path.isfile(image), f"--validation_image {image}: no such file")
     count = max(len(images), len(prompts))
     fit = {len(images), len(prompts)} <= {1, count}  # each is 1 or count
-    require(fit, "--validation_image, --validation_prompt: give both, as many or one of either")
+    require(fit, "--validation_image, --validation_prompt: give as many of both, or one of either")
     return list(zip(images * count, prompts * count))[:count]  # the shorter list is repeated
 
 
@@ -281,7 +282,7 @@ class PrefixAttention:
         lengths, counts = zip(*groups)
         outputs = []
         for length, *qkv in zip(lengths, *(heads.split(counts) for heads in (query, key, value))):
-            own = (heads[:, :, : image_tokens + length] for heads in qkv)
+            own = (whole[:, :, : image_tokens + length] for whole in qkv)
             output = F.scaled_dot_product_attention(*own).transpose(1, 2).flatten(2)
             padding = encoder_hidden_states.shape[1] - length
             outputs.append(F.pad(output, (0, 0, 0, padding)) if padding else output)
@@ -290,8 +291,8 @@ class PrefixAttention:
 
 
 # --recompute -> tensors of (batch, tokens, D) that a block keeps for its backward pass, fastest
-# first. all: its input; most: also the outputs of attention and down projection; some: also those
-# of the four D x D products; none: everything.
+# first. none: all it makes; some: its input and the outputs of attention, down projection and the
+# four D x D products; most: without these four; all: only its input.
 KEPT_PER_BLOCK = {"none": 22, "some": 7, "most": 3, "all": 1}
 
 
@@ -314,7 +315,7 @@ def recompute(transformer, choice, compiled=False):
             return block(*inputs)
         return activation_checkpoint.checkpoint(block, *inputs, use_reentrant=False, **options)
 
-    if compiled:  # block and checkpoint together: no policy sees inside a compiled block
+    if compiled:  # checkpoint included: from outside, its policy sees nothing of a compiled block
         torch._dynamo.config.recompile_limit = 64  # one for each grouping of caption lengths
         run_block = torch.compile(run_block)
     transformer.enable_gradient_checkpointing(run_block)  # called for each block in training
@@ -387,14 +388,14 @@ def guided(velocity, unguided, guidance):
 
 def euler_sample(model, noise, control, prompt, empty, steps, guidance):
     """Noise (1, 16, h, w) -> latents, in the pipeline's steps; prompt, empty (T, 4096)."""
-    timesteps = torch.linspace(TIMESTEPS, 1, steps, dtype=torch.float64).long().float()
+    timesteps = torch.from_numpy(np.linspace(TIMESTEPS, 1, steps)).long().float()
     sigmas = shifted_sigma(torch.cat([timesteps, torch.zeros(1)]), model.image_tokens).tolist()
     x = noise
     for timestep, sigma, next_sigma in zip(timesteps.to(x.device), sigmas, sigmas[1:]):
         v = model(x, control, [prompt], timestep[None])
         if guidance > 1:
             v = guided(v, model(x, control, [empty], timestep[None]), guidance)
-        x = (x.float() + (next_sigma - sigma) * v.float()).to(v.dtype)  # as the scheduler rounds
+        x = (x.float() + (next_sigma - sigma) * v).to(v.dtype)  # as the scheduler rounds
     return x
 
 
@@ -503,7 +504,6 @@ def decode_picture(content, use, side):
 # VAE and text encoder see each picture and caption once, before the transformer is loaded. A file
 # of the cache is named by its key, a digest of all that it depends on.
 
-
 # A usable row, by keys of the cache; a --validation_image has neither index nor image_key.
 Row = namedtuple("Row", "index image_key control_key caption_key tokens")  # tokens of the caption
 LOADING = dict(dtype=torch.bfloat16, use_safetensors=True, low_cpu_mem_usage=False)  # no accelerate
@@ -531,7 +531,7 @@ class Cache:
         source = Path(config.dataset_name)
         self.folder = source if source.is_dir() else source.parent  # paths are relative to it
         vae, *text = (fingerprint(base / part) for part in ("vae", "text_encoder", "tokenizer"))
-        self.of_pictures = digest("pictures", 4, vae, config.resolution)  # 4: its decoding
+        self.of_pictures = digest("pictures", 4, vae, config.resolution)  # 4: our version
         self.of_captions = digest("captions", *text, config.max_sequence_length)
         self.lock = threading.Lock()  # threads read at once, but encode one by one
 
@@ -583,13 +583,13 @@ class Cache:
 
     def read_row(self, rows, index):
         """-> (Row, remarks). Raises Failure."""
-        config, cells = self.config, rows[index]
-        columns = config.conditioning_image_column, config.image_column
-        control, image = ((cells[name], f"row {index}, {name}") for name in columns)
+        config, cells, where = self.config, rows[index], f"row {index}, "
         caption_key, tokens = self.caption(cells[config.caption_column])
-        control_key, control_file, control = self.picture(*control, config.control)
-        image_key, image_file, image = self.picture(*image, "target")
-        stretch = image[0] * control[1] / (image[1] * control[0])  # ratio of their aspect ratios
+        name = config.conditioning_image_column
+        control_key, control_file, control = self.picture(cells[name], where + name, config.control)
+        name = config.image_column
+        image_key, image_file, image = self.picture(cells[name], where + name, "target")
+        stretch = image[0] * control[1] / (image[1] * control[0])  # of (width, height, largest)
         remarks = {
             "the target is smaller than --resolution": min(image[:2]) < config.resolution,
             "target and control differ in shape": not 0.95 < stretch < 1.05,
@@ -763,7 +763,7 @@ def probe(model, stream):
 
 @torch.no_grad()
 def draw_pictures(model, stream, base):
-    """Picture of the user's cases and four held-out rows: control | generated | target."""
+    """Picture of the user's cases and four rows (held out, if any): control | made | target."""
     config, device = stream.config, model.device
     if config.num_inference_steps == 0:
         return None
@@ -773,8 +773,8 @@ def draw_pictures(model, stream, base):
 
     def draw(row):  # -> (1, 3, side, 3 side)
         keys = row.control_key, row.caption_key
-        control = stream.latents(keys[0])[None].to(device)
-        prompts = [stream.entry(key).to(device) for key in (keys[1], stream.empty_key)]
+        control = stream.latents(row.control_key)[None].to(device)  # its mean
+        prompts = [stream.entry(key).to(device) for key in (row.caption_key, stream.empty_key)]
         noise = torch.randn(control.shape, generator=generator(config.seed, "validation", *keys))
         latents = [control, euler_sample(model, noise.to(device), control, *prompts, *options)]
         if row.image_key:
@@ -823,7 +823,7 @@ def engine_settings(config):
         for name in given | expected:
             value, choices = given.get(name), expected.get(name)
             says = f"{name} = {json.dumps(value)}"
-            require(choices, f"{says}: not known to train right (as fp16, fp8; bf16 is)")
+            require(choices, f"{says}: not among settings known to train right (as bf16 is)")
             fits = type(value) is type(choices[0]) and value in choices
             require(fits, f"{says}: must be one of {choices}")
     # Without check_grad_overflow one NaN would end in the weights.
@@ -937,7 +937,7 @@ def check_same_run(manifest, identity):
 
 
 # === the loop ===
-# After each micro-batch, and between the pictures of an evaluation, the ranks ask each other for
+# Before each micro-batch, and between the pictures of an evaluation, the ranks ask each other for
 # signals: launchers kill 30 seconds after SIGTERM, and what is not saved by then is lost.
 
 stop_requests = []  # signals that came to this rank
@@ -978,11 +978,11 @@ class Log:
 
     def write(self, kind, step, figures, picture=None):
         """Writes figures of kind "train" or "probe". All ranks must call it."""
-        row = {name: x if math.isfinite(x) else None for name, x in figures.items()}
+        line = {name: x if math.isfinite(x) else None for name, x in figures.items()}
         with fail_together():
             if RANK == 0:
                 with open(self.file, "a") as file:
-                    file.write(json.dumps({"step": step} | row) + "\n")
+                    file.write(json.dumps({"step": step} | line) + "\n")
                 if picture:
                     folder = self.file.with_name("validation")
                     folder.mkdir(exist_ok=True)
@@ -1077,7 +1077,7 @@ Cards = namedtuple("Cards", "number name memory flops")  # memory and flops are 
 
 
 def cards_of():
-    """The GPUs that are here, as many as ranks."""
+    """A card per rank, each like this rank's own."""
     if not torch.cuda.is_available():
         return Cards(WORLD, "CPU", math.inf, 0)
     number, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
@@ -1102,7 +1102,7 @@ def cost_of_step(config, zero, transformer, cards, tokens):
     # At the peak one block is in its backward pass: 22 tensors, 4 for the gradient of gelu, and
     # three gradients of weights, 4 D x D each, not yet summed. The others have what they keep.
     tensor = size * config.train_batch_size * sequence * width
-    tensors = (blocks - 1) * KEPT_PER_BLOCK[config.recompute] + 22 + 4
+    tensors = (blocks - 1) * KEPT_PER_BLOCK[config.recompute] + KEPT_PER_BLOCK["none"] + 4
     memory["activations"] = tensors * tensor + 3 * 4 * size * width**2
     # In a block a token meets 12 D^2 weights, 2 FLOP each, and in attention 2 x 2 S D FLOP. The
     # backward pass takes twice that. What is recomputed does not count.
@@ -1216,7 +1216,7 @@ def all_gather_objects(item):
 
 
 def spread(jobs, work, title, device, threads=0):
-    """[work(job) for job in jobs]: the ranks take turns. Stops at a signal, after jobs at work."""
+    """[work(job) for job in jobs], shared out among the ranks. A signal stops it between rounds."""
     mine, at_once = [], WORLD * max(1, 2 * threads)
     many = ThreadPoolExecutor(threads).map if threads else map
     for first in tqdm(range(0, len(jobs), at_once), title, leave=False, **BAR):
@@ -1293,26 +1293,26 @@ def find_base(config):
     return base, start_from
 
 
-def enter_folders(config, settings, cards, manifest):
+def enter_folders(config, settings, cards, found):
     """-> the lock of output_dir. Fails unless all ranks share the folders and decided the same."""
     name = all_gather_objects(f".{os.urandom(8).hex()}.tmp")[0]
-    tokens = [Path(folder, name) for folder in (config.output_dir, config.encoded_dir)]
-    lock = filelock.FileLock(tokens[0].with_name(".lock"), blocking=False)
+    marks = [Path(folder, name) for folder in (config.output_dir, config.encoded_dir)]
+    lock = filelock.FileLock(marks[0].with_name(".lock"), blocking=False)
     with fail_together(), explained("--output_dir, --encoded_dir"):
         if RANK == 0:
             with explained(f"{config.output_dir} is in use by another run", filelock.Timeout):
                 lock.acquire()
-            for token in tokens:
-                token.parent.mkdir(parents=True, exist_ok=True)
-                token.touch()
-            for left in tokens[0].parent.glob(".checkpoint-*.tmp"):  # of a run that was killed
-                shutil.rmtree(left)
+            for mark in marks:
+                mark.parent.mkdir(parents=True, exist_ok=True)
+                mark.touch()
+            for stale in marks[0].parent.glob(".checkpoint-*.tmp"):  # of a run that was killed
+                shutil.rmtree(stale)
             describe_run(config, settings, cards)
-    seen = [token.exists() for token in tokens]
-    views = set(all_gather_objects(digest(seen, config, settings, manifest)))
-    for token in tokens:
-        token.unlink(missing_ok=True)
-    says = f"flags, cards, the newest checkpoint, or {config.output_dir}, {config.encoded_dir}"
+    seen = [mark.exists() for mark in marks]
+    views = set(all_gather_objects(digest(seen, config, settings, found)))
+    for mark in marks:
+        mark.unlink(missing_ok=True)
+    says = f"flags, rows, the newest checkpoint, or {config.output_dir}, {config.encoded_dir}"
     require(len(views) == 1, f"the ranks do not see the same: {says}, which they must share")
     return lock
 
@@ -1361,7 +1361,7 @@ def run(config):
 
     # Meet the other ranks, and encode.
     device = start_ranks()
-    _lock = enter_folders(config, settings, cards, manifest)  # held until the end
+    _lock = enter_folders(config, settings, cards, [manifest, len(rows)])  # held until the end
     stream = encode(config, base, rows, device)
     identity["training data"] = f"{len(stream.train)} rows, digest {digest(*stream.train)}"
     check_same_run(manifest, identity)

@@ -360,9 +360,17 @@ def with_a_stale_listing(argv):
     main_with(argv, find_checkpoints=lambda folder: find_checkpoints(folder)[cv4ctrl.RANK :])
 
 
-def test_ranks_that_see_different_checkpoints_are_refused(run, words, half):
-    codes, text = run(("test_faults.with_a_stale_listing", [words(half)]))
-    assert codes == [2, 2] and "the newest checkpoint" in only_line(text), text
+def with_a_stale_copy(argv):
+    """Job: rank 1 has a data set with fewer rows at the same path."""
+    open_dataset = cv4ctrl.open_dataset
+    main_with(argv, open_dataset=lambda config: open_dataset(config).select(range(48 - cv4ctrl.RANK)))
+
+
+@pytest.mark.parametrize("job", [with_a_stale_listing, with_a_stale_copy])
+def test_ranks_that_see_different_checkpoints_are_refused(job, run, words, half):
+    """Or different rows."""
+    codes, text = run((f"test_faults.{job.__name__}", [words(half)]))
+    assert codes == [2, 2] and "rows, the newest checkpoint" in only_line(text), text
 
 
 def test_tasks_that_do_not_know_of_each_other_are_refused(words, tmp_path):
