@@ -531,7 +531,7 @@ class Cache:
         source = Path(config.dataset_name)
         self.folder = source if source.is_dir() else source.parent  # paths are relative to it
         vae, *text = (fingerprint(base / part) for part in ("vae", "text_encoder", "tokenizer"))
-        self.of_pictures = digest("pictures", 4, vae, config.resolution)  # 4: our version
+        self.of_pictures = digest("pictures", 5, vae, config.resolution)  # 5: our version
         self.of_captions = digest("captions", *text, config.max_sequence_length)
         self.lock = threading.Lock()  # threads read at once, but encode one by one
 
