@@ -855,8 +855,8 @@ def start_ranks():
 def start_engine(config, settings, transformer, checkpoint=None, state=TrainState()):
     """deepspeed.initialize with AdamW, in the state of a checkpoint."""
     offloaded = settings["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
-    options = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
-    options |= {"lr": 0.0, "weight_decay": config.adam_weight_decay}
+    betas, decay = (config.adam_beta1, config.adam_beta2), config.adam_weight_decay
+    options = {"lr": 0.0, "betas": betas, "eps": config.adam_epsilon, "weight_decay": decay}
     on_card = partial(torch.optim.AdamW, fused=True)
     adam = deepspeed.ops.adam.DeepSpeedCPUAdam if offloaded else on_card
     optimizer = adam(transformer.parameters(), **options)
@@ -1148,6 +1148,7 @@ def print_plan(config, cards, transformer, rows, done, memory, flops):
     host = 0 if "optimizer" in memory else HOST_BYTES * transformer.num_parameters() / 1e9
     print(f"steps   {steps} of {total} samples, {done} done; {rows} rows; {cards.name}")
     print(f"memory  {needed:.1f} of {usable:.0f} usable GB, {config.recompute} recomputed: {parts}")
+    print(f"compile {config.compile}: --compile is the first thing to try on a GPU")
     print(f"host    {TEXT_ENCODER_GB} GB a rank while encoding; optimizer {host:.0f} GB in all")
     if cards.flops and config.mixed_precision == "bf16":
         best = total * flops / cards.number / cards.flops  # seconds of a step at the peak
@@ -1278,9 +1279,8 @@ def find_base(config):
         with explained(f"--pretrained_model_name_or_path {base}"):
             base = Path(huggingface_hub.snapshot_download(str(base), allow_patterns=patterns))
     start_from = Path(config.transformer or base / "transformer")
-    expected = {base / "scheduler" / "scheduler_config.json": SCHEDULER}
-    expected |= {base / "vae" / "config.json": VAE, start_from / "config.json": TRANSFORMER}
-    for file, values in expected.items():
+    files = base / "scheduler/scheduler_config.json", base / "vae/config.json"
+    for file, values in zip([*files, start_from / "config.json"], [SCHEDULER, VAE, TRANSFORMER]):
         with explained(file):
             found = json.loads(file.read_text())
         for key, allowed in values.items():

@@ -89,7 +89,7 @@ def folder(tmp_path, monkeypatch):
     (["a.png", "b.png"], ["x", "y"], [("a.png", "x"), ("b.png", "y")]), ([], [], []),
     (["a.png", "b.png"], ["x"], [("a.png", "x"), ("b.png", "x")]),
     (["a.png"], ["x", "y"], [("a.png", "x"), ("a.png", "y")]),
-    (["a.png"], [], "give both"), ([], ["x"], "give both"), (["a.png", "b.png"], ["x", "y", "z"], "give both"),
+    (["a.png"], [], "give as many"), ([], ["x"], "give as many"), (["a.png", "b.png"], ["x", "y", "z"], "give as many"),
     (["a.png", "gone.png"], ["x", "y"], "gone.png"), (["folder.png"], ["x"], "--validation_image folder.png: "),
 ])  # fmt: skip
 def test_validation_cases_are_n_to_n_or_one_serves_all_and_others_are_refused(
