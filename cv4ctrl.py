@@ -847,7 +847,7 @@ def start_ranks():
     with explained(f"no meeting at {place}", dist.DistError, ValueError):
         deepspeed.init_distributed(auto_mpi_discovery=False, timeout=TIMEOUT, verbose=False)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's
             signal.signal(number, lambda number, frame: stop_requests.append(number))
     return torch.device(accelerator.current_device_name())
 

@@ -175,7 +175,10 @@ def section_reference(bench):
         done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
         folder = Path(bench.folder, f"run-{n}-{visits}")
         with mock.patch.multiple(cv4ctrl, save_checkpoint=mock.Mock(), leave_weights=mock.Mock()):
-            with mock.patch.object(cv4ctrl.dist, "destroy_process_group"), mock.patch.object(cv4ctrl.Cache, "encoders", cast):
+            with (
+                mock.patch.object(cv4ctrl.dist, "destroy_process_group"),
+                mock.patch.object(cv4ctrl.Cache, "encoders", cast),
+            ):
                 start = time.perf_counter()
                 cv4ctrl.run(dataclasses.replace(config, output_dir=str(folder)))
                 whole = time.perf_counter() - start
