@@ -15,10 +15,10 @@ and the model learns its direction, the velocity v.
 for timesteps t = 1 ... 1000 and N image tokens: a large picture shows through more noise, so mu
 shifts sigma towards 1. The model is told t, as by CogView4ControlPipeline, which runs the result.
 
-    python cv4ctrl.py --dry_run [flags]          check flags and data, print the plan; see --help
-    deepspeed --num_gpus=8 cv4ctrl.py [flags]    train; the same command again continues
+    deepspeed --num_gpus=8 cv4ctrl.py --dry_run    check flags and data, print the plan
+    deepspeed --num_gpus=8 cv4ctrl.py [flags]      train; the same command again continues
 
-Begin with the sections "the model" and "flow matching", or with run() at the end.
+Begin with "the model" and "flow matching", or with run() at the end.
 """
 
 import datetime
@@ -48,6 +48,7 @@ import datasets
 import deepspeed
 import diffusers
 import filelock
+import fsspec
 import huggingface_hub
 import numpy as np
 import torch
@@ -61,13 +62,15 @@ from PIL import Image, ImageCms, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils import checkpoint as activation_checkpoint
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from tqdm import tqdm
 from transformers.utils.generic import flatten_dict
 
 RANK = int(os.environ.get("RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1  # of a launcher
+WORLD = os.environ.get("WORLD_SIZE", "") if "RANK" in os.environ else ""
+WORLD = int(WORLD) if WORLD.isdecimal() else 1  # start_ranks refuses other words
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # else it fragments
+os.environ["PATH"] += f":{Path(sys.executable).parent}"  # of ninja, which DeepSpeed calls by name
 
 # === CogView4-6B ===
 # What the formulas take for granted. A base whose config files say otherwise, such as another scale
@@ -103,13 +106,13 @@ def flag(default, help, **limits):
 
 @dataclass(frozen=True)
 class Config:
-    """All flags, named as in the diffusers example. Raises Failure for values out of range."""
+    """All flags, named as the diffusers example's. Raises Failure for values out of range."""
 
     # Model
     pretrained_model_name_or_path: str = flag("THUDM/CogView4-6B", "base: hub name or folder")
     transformer: str | None = flag(None, "transformer folder to start from, widened or not")
     mixed_precision: Literal["bf16", "no"] = flag("bf16", "no: fp32; never fp16, fp8", kept=True)
-    recompute: Literal["auto", "all", "most", "some", "none"] = flag("auto", "in each block")
+    recompute: Literal["auto", "all", "most", "some", "none"] = flag("auto", "to save memory")
     compile: bool = flag(False, "compile the blocks: worth a try on a GPU")
 
     # Data
@@ -271,10 +274,8 @@ class PrefixAttention:
         def normed_and_rotated(linear, norm):  # (B, heads, S, D / heads)
             heads = norm(linear(x).unflatten(2, (attn.heads, -1))).to(x.dtype)
             image, text = heads[:, :image_tokens], heads[:, image_tokens:]
-            image = apply_rotary_emb(
-                image, image_rotary_emb, use_real_unbind_dim=-2, sequence_dim=1
-            )
-            return torch.cat([image, text], dim=1).transpose(1, 2)
+            rotate = partial(apply_rotary_emb, use_real_unbind_dim=-2, sequence_dim=1)
+            return torch.cat([rotate(image, image_rotary_emb), text], dim=1).transpose(1, 2)
 
         query = normed_and_rotated(attn.to_q, attn.norm_q)
         key = normed_and_rotated(attn.to_k, attn.norm_k)
@@ -313,10 +314,10 @@ def recompute(transformer, choice, compiled=False):
     def run_block(block, *inputs):
         if choice == "none":
             return block(*inputs)
-        return activation_checkpoint.checkpoint(block, *inputs, use_reentrant=False, **options)
+        return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False, **options)
 
     if compiled:  # checkpoint included: from outside, its policy sees nothing of a compiled block
-        torch._dynamo.config.recompile_limit = 64  # one for each grouping of caption lengths
+        torch._dynamo.config.recompile_limit = 64  # about two for each sample
         run_block = torch.compile(run_block)
     transformer.enable_gradient_checkpointing(run_block)  # called for each block in training
 
@@ -328,8 +329,8 @@ class VelocityModel:
     each forward pass, on the CPU, and each block copies them.
     """
 
-    def __init__(self, network, resolution):
-        self.network = network
+    def __init__(self, network, resolution, compiled=False):
+        self.network, self.compiled = network, compiled
         transformer = getattr(network, "module", network)
         for block in transformer.transformer_blocks:
             block.attn1.set_processor(PrefixAttention())
@@ -345,6 +346,8 @@ class VelocityModel:
         """noisy, control (B, 16, h, w), prompts B x (T, 4096), timestep (B,) -> (B, 16, h, w)."""
         lengths = itertools.groupby(map(len, prompts))  # few, since a micro-batch comes sorted
         groups = [(length, len(list(equal))) for length, equal in lengths]
+        if self.compiled and len(groups) > 1:  # each grouping would be a graph of its own
+            groups = [(len(prompt), 1) for prompt in prompts]
         return self.network(
             hidden_states=torch.cat([noisy, control], dim=1).to(self.dtype),
             encoder_hidden_states=pad_sequence(prompts, batch_first=True).to(self.dtype),
@@ -356,7 +359,7 @@ class VelocityModel:
 
 
 # === flow matching ===
-# The formulas of the first page, for training and for drawing. They are computed in fp32: in bf16
+# The first page's formulas, for training and for drawing. They are computed in fp32: in bf16
 # only 347 of the 1000 values of sigma at 1024 px are distinct.
 
 
@@ -405,7 +408,7 @@ def euler_sample(model, noise, control, prompt, empty, steps, guidance):
 
 
 def load_splits(config):
-    """Loads the data set -> {split: rows}."""
+    """-> {split: rows}."""
     path = Path(config.dataset_name).absolute()  # a folder named json is no format
     if not path.exists():  # of the hub
         return datasets.load_dataset(config.dataset_name, config.dataset_config_name)
@@ -428,9 +431,9 @@ def refuse_forgotten_files(folder):
     splits = datasets.load_dataset_builder(str(folder)).config.data_files or {}
     taken = {Path(file) for files in splits.values() for file in files}
     kinds = {file.suffix for file in taken if file.stem != "metadata"}
-    root = folder.resolve()
-    present = {root / name for name in glob.glob("**/*.*", root_dir=root, recursive=True)}
+    present = {Path(name) for name in glob.glob(f"{folder.resolve()}/**/*.*", recursive=True)}
     left = sorted(str(file) for file in present - taken if file.suffix in kinds)
+    kinds -= set(Image.registered_extensions())  # a.jpg.png may be the control of a.jpg
     odd = [str(file) for file in taken if kinds & set(file.suffixes[:-1])]  # data.parquet.bak
     require(not odd, f"would take {', '.join(odd[:3])} for data: move other files away")
     some = f"{len(left)} files are in no split, such as {', '.join(left[:3])}"
@@ -467,8 +470,10 @@ def content_of(cell, folder):
         return content, path
     require(path and isinstance(path, str), f"no picture, but {cell!r:.50}")
     says = f"no such file: {path:.100} ({ascii(path[-20:])})"  # accents may be letters of their own
-    require(os.path.isfile(folder / path), says)  # a named pipe would hang
-    return (folder / path).read_bytes(), path
+    archive = path.partition("::")[2] if path.startswith("zip://") else ""
+    require(os.path.isfile(archive or folder / path), says)  # a named pipe would hang
+    with fsspec.open(path) if archive else open(folder / path, "rb") as file:
+        return file.read(), path
 
 
 def decode_picture(content, use, side):
@@ -483,7 +488,7 @@ def decode_picture(content, use, side):
         image = None if deep else ImageOps.exif_transpose(image)
     require(image, "more than 8 bits a channel, which inference cuts: scale them to 0 ... 255")
     size, icc = image.size, image.info.get("icc_profile")
-    # Inference ignores transparency and colour profile of a control: they matter in targets only.
+    # Inference ignores transparency and profile of a finished control, and the profile for edges.
     if use != "column" and image.has_transparency_data:
         image = image.convert("RGBA")
         require(image.getextrema()[3][1] > 0, "transparent everywhere")
@@ -505,14 +510,14 @@ def decode_picture(content, use, side):
 # of the cache is named by its key, a digest of all that it depends on.
 
 # A usable row, by keys of the cache; a --validation_image has neither index nor image_key.
-Row = namedtuple("Row", "index image_key control_key caption_key tokens")  # tokens of the caption
+Row = namedtuple("Row", "index image_key control_key caption_key tokens")  # tokens: of the caption
 LOADING = dict(dtype=torch.bfloat16, use_safetensors=True, low_cpu_mem_usage=False)  # no accelerate
 
 
-def fingerprint(folder):
-    """Digest of an encoder's folder: names, sizes and samples of its files (19 GB in all)."""
+def fingerprint(folder, pattern="*"):
+    """Digest of a model's large files: names, sizes and samples."""
     parts = []
-    for file in sorted(filter(Path.is_file, folder.iterdir())):
+    for file in sorted(filter(Path.is_file, folder.glob(pattern))):
         size = file.stat().st_size
         parts += [file.name, size]
         with open(file, "rb") as stream:
@@ -531,7 +536,7 @@ class Cache:
         source = Path(config.dataset_name)
         self.folder = source if source.is_dir() else source.parent  # paths are relative to it
         vae, *text = (fingerprint(base / part) for part in ("vae", "text_encoder", "tokenizer"))
-        self.of_pictures = digest("pictures", 5, vae, config.resolution)  # 5: our version
+        self.of_pictures = digest("pictures", 6, vae, config.resolution)  # 6: our version
         self.of_captions = digest("captions", *text, config.max_sequence_length)
         self.lock = threading.Lock()  # threads read at once, but encode one by one
 
@@ -549,7 +554,7 @@ class Cache:
         with suppress(OSError, SafetensorError), safe_open(file, "pt") as tensors:
             return tensors.get_tensor("facts").tolist()
 
-    def keep(self, key, entry, facts):
+    def store(self, key, entry, facts):
         tensors = {"entry": entry[0].cpu().contiguous(), "facts": torch.tensor(facts)}
         with atomic(self.encoded / f"{key}.safetensors") as aside:
             aside.write_bytes(save(tensors))
@@ -563,14 +568,14 @@ class Cache:
         if not facts:
             with self.lock, torch.no_grad():  # one at a time: padding is attended to
                 entry, _ = self.encoders.encode_prompt(text, None, False, max_sequence_length=most)
-            facts = self.keep(key, entry, [entry.shape[1]])
+            facts = self.store(key, entry, [entry.shape[1]])
         return key, facts[0]
 
     def picture(self, cell, where, use):
-        """-> (key, bytes of the file, facts). Raises Failure, which says where."""
+        """-> (key, bytes of the file, facts). Raises Failure."""
         with explained(where):
             content, path = content_of(cell, self.folder)
-        key = digest(self.of_pictures, use, hashlib.sha256(content).hexdigest())
+        key = digest(self.of_pictures, use) + hashlib.sha256(content).hexdigest()
         facts = self.facts(key)
         if not facts:
             with explained(f"{where}: {path[-100:] or 'bytes'}"):
@@ -578,7 +583,7 @@ class Cache:
             with self.lock, torch.no_grad():
                 vae = self.encoders.vae
                 moments = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.parameters
-            self.keep(key, moments, facts)
+            self.store(key, moments, facts)
         return key, content, facts
 
     def read_row(self, rows, index):
@@ -631,7 +636,7 @@ def hold_out(rows, most):
         count.update((row.image_key, row.control_key, (row.image_key, row.control_key)))
     # A held-out row takes all that share a picture with it out of training: a tenth at most.
     held_out, hidden, lost = [], set(), 0
-    for row in sorted(rows, key=lambda row: digest("held out", row.image_key)):
+    for row in sorted(rows, key=lambda row: row.image_key[-64:]):  # the same at any resolution
         pair = row.image_key, row.control_key
         sharing = count[pair[0]] + count[pair[1]] - count[pair]
         fits = len(held_out) < most and lost + sharing <= len(rows) // 10
@@ -719,8 +724,7 @@ class Stream:
         step, turn = divmod(number, self.config.gradient_accumulation_steps)
         size, total = self.config.train_batch_size, self.config.total_batch_size
         of_step = range(step * total, (step + 1) * total)
-        # Sorted by caption length, so that padding is rare.
-        by_length = sorted(of_step, key=lambda k: self.row(k).tokens)
+        by_length = sorted(of_step, key=lambda k: self.row(k).tokens)  # so that padding is rare
         mine = by_length[(turn * WORLD + RANK) * size :][:size]
         return collate([self.training_sample(k) for k in mine], device)
 
@@ -880,8 +884,7 @@ def start_engine(config, settings, transformer, checkpoint=None, state=TrainStat
 def save_state(engine, folder):
     """Writes fp32 weights and Adam's moments, a file a parameter. All ranks must call it."""
     weights = dict(engine.module.named_parameters())
-    # Those of a round are alike in size, so that nobody waits.
-    names = sorted(weights, key=lambda name: weights[name].numel())
+    names = sorted(weights, key=lambda name: weights[name].numel())  # a round's are alike
     for first in tqdm(range(0, len(names), WORLD), "saving", leave=False, **BAR):
         mine = {}
         for rank, name in enumerate(names[first : first + WORLD]):  # all gather what one writes
@@ -911,7 +914,7 @@ def save_checkpoint(engine, config, state, identity):
             shutil.rmtree(folder, ignore_errors=True)  # a damaged one
             os.replace(aside, folder)
             for old, _ in find_checkpoints(config.output_dir)[config.checkpoints_total_limit :]:
-                shutil.rmtree(old, ignore_errors=True)
+                shutil.rmtree(old.rename(aside), ignore_errors=True)  # never half of it
 
 
 def find_checkpoints(output_dir):
@@ -921,7 +924,7 @@ def find_checkpoints(output_dir):
         try:
             manifest = json.loads((folder / "manifest.json").read_text())
             sizes = {name: (folder / name).stat().st_size for name in manifest["files"]}
-            require(sizes == manifest["files"], "files have changed their size")  # told below
+            require(sizes == manifest["files"], "files have changed their size")  # caught below
             intact.append((folder, manifest))
         except (OSError, ValueError, LookupError, TypeError, Failure) as error:
             say(f"skipping {folder}, which is damaged: {error}")
@@ -991,8 +994,7 @@ class Log:
                 for name, x in figures.items():
                     self.tracker.add_scalar(f"{kind}/{name}", x, step)
                 if picture:
-                    image = VaeImageProcessor.pil_to_numpy(picture)
-                    self.tracker.add_images("validation", image, step, dataformats="NHWC")
+                    self.tracker.add_image("validation", np.array(picture), step, dataformats="HWC")
                 self.tracker.flush()
         self.bar.update(step - self.bar.n)
 
@@ -1019,7 +1021,7 @@ def train_step(engine, model, batches, config, rate):
 
 
 def learning_rate(config, step):
-    """Learning rate after `step` steps: those of diffusers' get_scheduler."""
+    """Learning rate of the step after `step` others, as by diffusers' get_scheduler."""
     rate, warm_up = config.learning_rate, config.lr_warmup_steps
     if step < warm_up:
         return rate * step / warm_up
@@ -1032,7 +1034,7 @@ def learning_rate(config, step):
 def train(engine, stream, base, identity, state):
     """Trains from a TrainState to --max_train_steps. After a signal it fails with code 75."""
     config = stream.config
-    model = VelocityModel(engine, config.resolution)
+    model = VelocityModel(engine, config.resolution, config.compile)
     log = Log(config, state.step)
     batches = stream.micro_batches(model.device, state.step * config.gradient_accumulation_steps)
     saved, failed = state.step, 0
@@ -1072,7 +1074,6 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  
 USABLE = 0.9  # of a card's memory; CUDA, NCCL and fragmentation take the rest
 UTILISATION = 0.35, 0.2  # of a card's peak: what full fine-tunes of such models reach (README)
 HOST_BYTES = 21.5  # a weight, if offloaded; pinned memory is rounded up to powers of two
-TEXT_ENCODER_GB = 19  # GLM-4-9B in bf16
 Cards = namedtuple("Cards", "number name memory flops")  # memory and flops are those of one
 
 
@@ -1094,8 +1095,7 @@ def cost_of_step(config, zero, transformer, cards, tokens):
     blocks = transformer.config.num_layers
     width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
     sequence = (config.resolution // PIXELS_PER_TOKEN) ** 2 + tokens
-    memory = {"weights": size * weights}
-    memory["gradients"] = 4 * weights / cards.number  # summed in fp32
+    memory = {"weights": size * weights, "gradients": 4 * weights / cards.number}  # sums in fp32
     memory["buckets"] = zero["reduce_bucket_size"] * (2 * size + 4)  # two, and one in fp32
     if zero["offload_optimizer"]["device"] != "cpu":  # fp32 weights and two moments
         memory["optimizer"] = 12 * weights / cards.number
@@ -1122,11 +1122,11 @@ def fit_engine(config, settings, transformer, cards, tokens):
         share = sum(memory.values()) / (USABLE * cards.memory)
         if share <= 1:
             return config, settings | {"zero_optimization": zero}, memory, flops
-    raise Failure(f"a step takes {share:.0%} of a card's memory: see --train_batch_size")
+    raise Failure(f"a step takes {share:.0%} of the usable memory: see --train_batch_size")
 
 
 def longest_caption(config, base, rows):
-    """Tokens of the longest of the thousand captions with most bytes, in sixteens."""
+    """Tokens of the longest caption (of the 1000 with most bytes), rounded up to 16s."""
     column, most = config.caption_column, config.max_sequence_length
     texts = [""]
     with explained(f"column {column}"):
@@ -1148,8 +1148,8 @@ def print_plan(config, cards, transformer, rows, done, memory, flops):
     host = 0 if "optimizer" in memory else HOST_BYTES * transformer.num_parameters() / 1e9
     print(f"steps   {steps} of {total} samples, {done} done; {rows} rows; {cards.name}")
     print(f"memory  {needed:.1f} of {usable:.0f} usable GB, {config.recompute} recomputed: {parts}")
-    print(f"compile {config.compile}: --compile is the first thing to try on a GPU")
-    print(f"host    {TEXT_ENCODER_GB} GB a rank while encoding; optimizer {host:.0f} GB in all")
+    print(f"compile {config.compile}: the first thing to try on a GPU")
+    print(f"host    19 GB a rank for the text encoder; optimizer {host:.0f} GB in all")
     if cards.flops and config.mixed_precision == "bf16":
         best = total * flops / cards.number / cards.flops  # seconds of a step at the peak
         left, lost = max(0, steps - done) / 3600, config.checkpointing_steps / 3600
@@ -1161,8 +1161,6 @@ def print_plan(config, cards, transformer, rows, done, memory, flops):
 # A user's mistake is a Failure: one line and an exit code. Anything else is a bug, and a traceback.
 # What only one rank can see, such as a full disk, it tells the others, and all end.
 
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # else it fragments
-os.environ["PATH"] += f":{Path(sys.executable).parent}"  # of ninja, which DeepSpeed calls by name
 BAR = {"disable": RANK > 0, "mininterval": 0.1 if sys.stderr.isatty() else 10}  # options of tqdm
 
 
@@ -1192,14 +1190,14 @@ def explained(what, *kinds):
 
 
 def outlive_reader(stream):
-    """Makes a stream go to /dev/null once its reader has ended, as `tee` does at Ctrl-C."""
+    """Sends a stream to /dev/null once its reader, `tee` or a terminal, has gone."""
     write = stream.write
 
     def unbroken(text):
         try:
             write(text)
             stream.flush()
-        except BrokenPipeError:
+        except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
     stream.write = unbroken
@@ -1236,8 +1234,8 @@ def fail_together():
         yield
     except (OSError, SafetensorError, Failure) as caught:
         error = f"rank {RANK}: {caught}", getattr(caught, "code", 1)
-    for error in filter(None, all_gather_objects(error)):
-        raise Failure(*error)
+    for first in filter(None, all_gather_objects(error)):
+        raise Failure(*first)
 
 
 def digest(*parts):
@@ -1312,7 +1310,7 @@ def enter_folders(config, settings, cards, found):
     views = set(all_gather_objects(digest(seen, config, settings, found)))
     for mark in marks:
         mark.unlink(missing_ok=True)
-    says = f"flags, rows, the newest checkpoint, or {config.output_dir}, {config.encoded_dir}"
+    says = f"flags, rows, cards, checkpoints, or {config.output_dir}, {config.encoded_dir}"
     require(len(views) == 1, f"the ranks do not see the same: {says}, which they must share")
     return lock
 
@@ -1330,6 +1328,7 @@ def describe_run(config, settings, cards):
 def leave_weights(folder):
     """Copies the last checkpoint's weights to output_dir, where the example leaves them."""
     (checkpoint, _), *_ = find_checkpoints(folder)
+    (folder / "diffusion_pytorch_model.safetensors.index.json").unlink(missing_ok=True)  # older
     for file in (checkpoint / "transformer").iterdir():
         with atomic(folder / file.name) as aside:
             shutil.copyfile(file, aside)
@@ -1353,7 +1352,7 @@ def run(config):
     config, settings, memory, flops = fit_engine(config, settings, transformer, cards, tokens)
     if RANK == 0:
         print_plan(config, cards, transformer, len(rows), state.step, memory, flops)
-    compiles = config.compile or "optimizer" not in memory  # Adam of the host is DeepSpeed's
+    compiles = config.compile or "optimizer" not in memory  # DeepSpeed builds its Adam
     require(shutil.which("g++") or not compiles, "--compile and offloading need g++ on the PATH")
     if config.dry_run:
         return
@@ -1363,6 +1362,7 @@ def run(config):
     device = start_ranks()
     _lock = enter_folders(config, settings, cards, [manifest, len(rows)])  # held until the end
     stream = encode(config, base, rows, device)
+    identity["--transformer"] = fingerprint(start_from, "*.safetensors")
     identity["training data"] = f"{len(stream.train)} rows, digest {digest(*stream.train)}"
     check_same_run(manifest, identity)
 

@@ -61,13 +61,8 @@ def flags(base, data):
     """Flags of a small run on the shared base, data and cache; options replace or add some, None takes one away."""
     shared = {"pretrained_model_name_or_path": base, "dataset_name": data, "encoded_dir": base.with_name("encoded")}
     shared |= {"resolution": 64, "train_batch_size": 4, "mixed_precision": "no", "lr_scheduler": "constant_with_warmup"}
-    shared |= {
-        "learning_rate": 1e-3,
-        "lr_warmup_steps": 0,
-        "dataloader_num_workers": 2,
-        "num_inference_steps": 0,
-        "max_train_steps": 2,
-    }
+    shared |= {"learning_rate": 1e-3, "lr_warmup_steps": 0, "dataloader_num_workers": 2}
+    shared |= {"num_inference_steps": 0, "max_train_steps": 2}
 
     def make(output_dir, **options):
         words = []

@@ -1,5 +1,6 @@
 """Data as people really have them: nothing is left out, clipped or mixed up in silence."""
 
+import hashlib
 import io
 import json
 import os
@@ -29,7 +30,7 @@ class Pixels(cv4ctrl.Cache):
     def facts(self, key):
         return None
 
-    def keep(self, key, pixels, facts):
+    def store(self, key, pixels, facts):
         vars(self).setdefault("pixels", {})[key] = pixels
         return facts
 
@@ -116,12 +117,15 @@ def pictures(rows):
     [(n % 80, n // 80 % 80) for n in range(100_000)],  # few pictures in many rows: comparing them would take minutes
 ])  # fmt: skip
 def test_whole_pictures_are_held_out_with_controls_that_differ(rows):
-    rows = [cv4ctrl.Row(n, f"image {image}", f"control {control}", "a", 16) for n, (image, control) in enumerate(rows)]
+    digests = [hashlib.sha256(str(n).encode()).hexdigest() for n in range(max(map(max, rows)) + 1)]
+    rows = [cv4ctrl.Row(n, f"A{digests[a]}", f"C{digests[b]}", "a", 16) for n, (a, b) in enumerate(rows)]
     train, held_out = cv4ctrl.hold_out(rows, 32)
     assert 4 <= len(held_out) <= 32 and len(train) >= 0.9 * len(rows)
     assert not pictures(train) & pictures(held_out) and len(pictures(held_out)) == 2 * len(held_out)
     shuffled = [row._replace(index=n) for n, row in enumerate(random.Random(0).sample(rows, len(rows)))]
     assert {row.image_key for row in cv4ctrl.hold_out(shuffled, 32)[1]} == {row.image_key for row in held_out}
+    larger = [row._replace(image_key=f"B{row.image_key[1:]}") for row in rows]  # at another resolution
+    assert [row.index for row in cv4ctrl.hold_out(larger, 32)[1]] == [row.index for row in held_out]
     assert [len(part) for part in cv4ctrl.hold_out(rows, 0)] == [len(rows), 0]
 
 
@@ -169,11 +173,11 @@ def test_what_save_to_disk_leaves_is_loaded(config, tmp_path):
 def picture_folder(folder):
     """Two rows as a folder of pictures. Its controls are paths, relative to it."""
     folder.mkdir(parents=True)
-    lines = [{"file_name": f"{n}.png", "conditioning_image": f"{n}-control.png", "text": str(n)} for n in range(2)]
+    lines = [{"file_name": f"{n}.png", "conditioning_image": f"{n}.png.jpg", "text": str(n)} for n in range(2)]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     for n in range(2):
         Image.new("RGB", (64, 64), (n, 0, 0)).save(folder / f"{n}.png")
-        Image.new("RGB", (64, 64), (0, n + 99, 0)).save(folder / f"{n}-control.png")
+        Image.new("RGB", (64, 64), (0, n + 99, 0)).save(folder / f"{n}.png.jpg")
 
 
 def wrongs(config, read):
@@ -186,9 +190,17 @@ def test_relative_paths_belong_to_the_data_set_and_not_to_the_working_folder(for
     picture_folder(tmp_path / "pictures")
     (tmp_path / "parquet").mkdir()
     name = "../pictures/{}.png"
-    rows = [{"image": name.format(n), "conditioning_image": name.format(f"{n}-control"), "text": "a"} for n in range(2)]
+    rows = [{"image": name.format(n), "conditioning_image": f"{name.format(n)}.jpg", "text": "a"} for n in range(2)]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "parquet" / "rows.parquet")
     assert wrongs(config(dataset_name=tmp_path / form), read) == ["", ""]
+
+
+def test_pictures_in_a_zip_file_are_read(config, read, tmp_path):
+    picture_folder(tmp_path / "pictures")
+    metadata = tmp_path / "pictures" / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace("conditioning_image", "conditioning_image_file_name"))
+    shutil.make_archive(tmp_path / "zipped" / "all", "zip", tmp_path / "pictures")
+    assert wrongs(config(dataset_name=tmp_path / "zipped"), read) == ["", ""]
 
 
 @pytest.mark.parametrize("value", ['{"en": "a"}', "7", "null"])
@@ -217,7 +229,7 @@ def test_a_file_whose_name_has_another_unicode_form_is_told_by_its_letters(read,
 
 
 @pytest.mark.parametrize("value", [
-    "", None, {"bytes": b"", "path": None}, 7, ["a.png"], {"path": 7}, "data:image/png;base64,iVBOR", "http://a/b.png"
+    "", None, {"bytes": b"", "path": None}, 7, ["a.png"], {"path": 7}, "data:image/png;base64,iVBOR", "zip://a::http://b"
 ])  # fmt: skip
 def test_a_row_without_picture(value, read):
     """Or whose --image_column is another one."""
@@ -246,9 +258,8 @@ def test_what_is_odd_about_rows_is_counted_over_all_and_told_once(config, base, 
 
     turned = Image.Exif()
     turned[0x0112] = 6
-    tall, wide, padded, small = (
-        encoded_as(Image.new("RGB", size, "grey")) for size in ((64, 128), (128, 64), (64, 130), (32, 64))
-    )
+    sizes = (64, 128), (128, 64), (64, 130), (32, 64)
+    tall, wide, padded, small = (encoded_as(Image.new("RGB", size, "grey")) for size in sizes)
     sideways = encoded_as(Image.new("RGB", (128, 64), "grey"), "JPEG", exif=turned)
     black = encoded_as(Image.new("RGB", (64, 128), (0, 19, 0)))
     fine = [(tall, padded), (tall, sideways), (tall, small)]
@@ -266,7 +277,7 @@ def test_folders_that_are_named_after_splits_only_in_part_are_refused(config, tm
     """Of these `datasets` would leave out the other files in silence, unless a card names them."""
     picture_folder(tmp_path / "photos" / "portraits")
     picture_folder(tmp_path / "photos" / "test shots")
-    some = ", ".join(f"{tmp_path}/photos/portraits/{name}" for name in ("0-control.png", "0.png", "1-control.png"))
+    some = ", ".join(f"{tmp_path}/photos/portraits/{name}" for name in ("0.png", "0.png.jpg", "1.png"))
     with pytest.raises(cv4ctrl.Failure, match=f"4 files are in no split, such as {some}: give"):
         captions(config, tmp_path / "photos")
     parquet(tmp_path / "backup" / "data", 2)

@@ -40,9 +40,8 @@ def overlap(images, targets, captions):
 def fidelity(weights, cases=16):
     """(overlap with the outlined shape, the same with the next case's control), drawn by the installed pipeline."""
     model = diffusers.CogView4Transformer2DModel.from_pretrained(weights, dtype=torch.float32)
-    pipe = diffusers.CogView4ControlPipeline.from_pretrained(
-        f"{ROOT}/tests/demo/base", transformer=model, dtype=model.dtype
-    )
+    parts = {"transformer": model, "dtype": model.dtype}
+    pipe = diffusers.CogView4ControlPipeline.from_pretrained(f"{ROOT}/tests/demo/base", **parts)
     rng = random.Random(1000)  # the data are made with seed 0: none of these pictures is among them
     targets, controls, captions = zip(*(tiny.draw_pair(rng) for _ in range(cases)))
     for used in (controls, controls[1:] + controls[:1]):

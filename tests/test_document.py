@@ -82,9 +82,7 @@ def test_the_command_trains_and_saves_what_it_says(document):
         assert document[1].count("the run goes on without it") == 1
 
 
-def test_its_picture_of_your_case_is_what_inference_draws_with_that_control_and_prompt(
-    document, control_base, monkeypatch
-):
+def test_its_picture_of_your_case_is_what_inference_draws(document, control_base, monkeypatch):
     """As in the document's last section, but with the mean of the control's posterior instead of a sample."""
     folder = document[0]
     monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mean.contiguous())

@@ -132,10 +132,8 @@ def test_a_damaged_entry_is_encoded_again(damage, encode, tmp_path):
 def test_a_row_that_cannot_be_used_ends_the_run_but_what_is_encoded_stays(encode, refused, flags, tmp_path):
     good = tiny.make_rows(14)
     image, control, caption = good[0]
-    for bad, column in (
-        ((b"not an image", control, caption), "image"),
-        ((image, control[:60], caption), "conditioning_image"),
-    ):
+    broken = (b"not an image", control, caption), (image, control[:60], caption)
+    for bad, column in zip(broken, ("image", "conditioning_image")):
         data = tiny.write_parquet(tmp_path / "data", [*good[:3], bad, *good[3:]])
         line = refused(flags(tmp_path / "out", dataset_name=data, encoded_dir=tmp_path / "cache"), progress=True)
         assert f"row 3, {column}: " in line

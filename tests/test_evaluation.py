@@ -64,9 +64,7 @@ def seen(pipe, latents):
 
 
 @torch.no_grad()
-def test_pictures_of_a_run_without_cases_of_the_user_and_with_one(
-    stream, base, config, device, encoded, model, pipe, tmp_path
-):
+def test_pictures_without_and_with_a_case(stream, base, config, device, encoded, model, pipe, tmp_path):
     """control | generated, generated | target, or blank. Cases come first; held-out rows stay what they were."""
     before = bands(cv4ctrl.draw_pictures(model, stream, base))
     assert before.keys() == {(y, x) for y in range(4) for x in range(3)}

@@ -174,20 +174,25 @@ def test_probing_leaves_training_alone(trained):
 def test_old_checkpoints_go_but_of_the_whole_ones_the_newest_two_stay(steps, trained, copy, flags):
     """A damaged checkpoint-6 is skipped, and does not count: checkpoint-3 stays beside the new one."""
     assert checkpoints(trained("seldom probed")) == [5, 6]
+    old = copy / "diffusion_pytorch_model.safetensors.index.json"  # of shards that another trainer left
+    old.touch()
     (copy / "checkpoint-6" / "transformer" / "config.json").unlink()
     assert launch(1, flags(copy, **SIX | {"max_train_steps": steps, "checkpointing_steps": 100})) == [[0, None]]
-    assert checkpoints(copy) == sorted([3, steps, 6])
+    assert checkpoints(copy) == sorted([3, steps, 6]) and not old.exists()
 
 
 @pytest.mark.parametrize("change", [
     {"seed": 1}, {"total_batch_size": 8}, {"resolution": 96}, {"max_sequence_length": 64}, {"mixed_precision": "bf16"},
-    {"proportion_empty_prompts": 0.5}, {"probe_samples": 2}, {"dataset_name": "another"},
+    {"proportion_empty_prompts": 0.5}, {"probe_samples": 2}, {"dataset_name": "another"}, {"transformer": "another"},
 ])  # fmt: skip
 def test_another_sample_stream_is_refused_by_name(change, copy, flags, refused, tmp_path):
+    """Or another transformer to start from, which a continued run would not look at."""
     (flag,) = change
     if flag == "dataset_name":  # the same but for captions
         rows = [(*pair, f"{text}!") for *pair, text in tiny.make_rows(48)]
         change = {flag: tiny.write_parquet(tmp_path / "data", rows)}
+    if flag == "transformer":
+        change = {flag: copy / "checkpoint-3" / "transformer"}
     before = sorted(copy.rglob("*"))
     line = refused(flags(copy, **SIX | change), progress=True)
     assert ("training data" if flag == "dataset_name" else flag) + " was " in line

@@ -19,10 +19,8 @@ import tiny
 from ranks import launch
 from test_fp16_rejection import engine_file
 
-TRUE_SHAPE = dict(
-    num_layers=28, num_attention_heads=32, attention_head_dim=128, text_embed_dim=4096, time_embed_dim=512
-)
-TRUE_SHAPE |= dict(condition_dim=256, patch_size=2, in_channels=16, out_channels=16)
+TRUE_SHAPE = dict(num_layers=28, num_attention_heads=32, attention_head_dim=128, text_embed_dim=4096)
+TRUE_SHAPE |= dict(time_embed_dim=512, condition_dim=256, patch_size=2, in_channels=16, out_channels=16)
 
 
 class Live(TorchDispatchMode):
@@ -147,7 +145,7 @@ def test_what_is_given_up(number, memory, samples, asked, offload, expected, cog
     config = config(world=number, mixed_precision="bf16", **options)
     model = cv4ctrl.empty_transformer(cogview / "transformer")
     cards = cv4ctrl.Cards(number, "", memory, 0)
-    with contextlib.nullcontext() if expected else pytest.raises(cv4ctrl.Failure, match="a step takes .*% of a card"):
+    with contextlib.nullcontext() if expected else pytest.raises(cv4ctrl.Failure, match="a step takes .*% of the"):
         chosen, settings, *_ = cv4ctrl.fit_engine(config, cv4ctrl.engine_settings(config), model, cards, 128)
     assert (
         not expected or f"{chosen.recompute}/{settings['zero_optimization']['offload_optimizer']['device']}" == expected
@@ -190,7 +188,7 @@ def test_the_printed_plan(cogview, flags, capsys, tmp_path, monkeypatch):
     assert plan["time"] == text.format(*times)
     total, parts = plan["memory"].split(" of 76 usable GB, some recomputed: ")
     assert parts.startswith("weights 12.7, gradients 3.2, buckets 0.5, optimizer 9.6, activations ")
-    assert float(total) < 76 and plan["compile"].startswith("False: --compile is the first thing to try")
+    assert float(total) < 76 and plan["compile"].startswith("False: the first thing to try")
     put_cards(monkeypatch, 8, "Another Card", 85e9)  # of unknown speed
     file = engine_file(tmp_path, "zero_optimization.offload_optimizer.device", "cpu")
     cv4ctrl.main([*flags(tmp_path / "out", **common, deepspeed_config=file), "--dry_run"])

@@ -1,6 +1,7 @@
 """Recomputation saves memory, compilation time, and neither changes anything else."""
 
 import functools
+import random
 
 import pytest
 import torch
@@ -13,10 +14,10 @@ from ranks import launch, same, weights
 
 
 def micro_batch(lengths=(16, 32, 20)):
-    """Three samples with captions of these lengths."""
+    """A sample for each of these lengths of captions."""
     random = torch.Generator().manual_seed(0)
-    batch = {name: torch.randn(3, 16, 8, 8, generator=random) for name in ("latents", "control", "noise")}
-    batch["timestep"] = torch.tensor([5.0, 300.0, 900.0])
+    batch = {name: torch.randn(len(lengths), 16, 8, 8, generator=random) for name in ("latents", "control", "noise")}
+    batch["timestep"] = torch.linspace(5, 900, len(lengths))
     return batch | {"prompts": [torch.randn(length, 32, generator=random) for length in lengths]}
 
 
@@ -51,24 +52,24 @@ def compiler(monkeypatch):
     "choice", ["most", *(pytest.param(c, marks=pytest.mark.long) for c in ("none", "some", "all"))]
 )
 def test_compiled_blocks_are_whole_graphs_and_train_alike(choice, compiler, base, caplog):
-    """Twenty steps with batches of one and two caption lengths: in the end new lengths need no new graph."""
+    """Twenty steps with batches of any caption lengths, which need two graphs a sample and two more, at most."""
     found, graphs = {}, []
     for compiled in (False, True):
         network = tiny.control_model(base)
         cv4ctrl.recompute(network, choice, compiled)
-        model = cv4ctrl.VelocityModel(network, 64)
+        model = cv4ctrl.VelocityModel(network, 64, compiled)
         optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-        for step in range(20):
-            length = 16 * (1 + step % 10)
-            lengths = [length, length if step % 2 else length + 32]
-            cv4ctrl.flow_matching_loss(model, micro_batch([length, *lengths])).backward()
+        chance = random.Random(0)
+        for _ in range(20):
+            lengths = sorted(chance.choices(range(32, 112, 16), k=6))
+            cv4ctrl.flow_matching_loss(model, micro_batch(lengths)).backward()
             optimizer.step()
             optimizer.zero_grad()
             graphs.append(compiler["stats"].get("unique_graphs", 0))
         found[compiled] = {name: weight.detach() for name, weight in network.named_parameters()}
     assert same(found[True], found[False], 1e-5)
     assert not compiler["graph_break"] and "recompile_limit" not in caplog.text
-    assert graphs[19] == 0 < graphs[20] and graphs[-1] == graphs[-8] <= 8, graphs
+    assert graphs[19] == 0 < graphs[20] and graphs[-1] <= 14, graphs
 
 
 @pytest.mark.long

@@ -14,25 +14,23 @@ def test_tensorboard_and_through_it_wandb_get_every_figure_and_picture(config, d
     tensorboard, wandb = mock.Mock(), mock.Mock()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(sys, "stdin", None)
     log = cv4ctrl.Log(config(tmp_path, report_to="wandb"), 0)
     log.write("probe", 0, {"probe_loss": 0.5, "control_gain": 0.25}, Image.new("RGB", (64, 32), "red"))
     log.write("train", 1, {"loss": 0.75})
     options = wandb.init.call_args.kwargs
+    assert sys.stdin.read() == ""  # where it would ask for a login
     assert options["sync_tensorboard"] and options["resume"] == "allow" and options["config"]["report_to"] == "wandb"
     again = cv4ctrl.Log(config(tmp_path, report_to="wandb"), 1)
     again.write("train", 2, {"loss": 0.5})
     assert wandb.init.call_args.kwargs["id"] == options["id"]  # a continued run continues the same curves
     assert [call.kwargs["purge_step"] for call in tensorboard.SummaryWriter.call_args_list] == [1, 2]
     writer = tensorboard.SummaryWriter(tmp_path / "logs")
-    figures = [
-        ("probe/probe_loss", 0.5, 0),
-        ("probe/control_gain", 0.25, 0),
-        ("train/loss", 0.75, 1),
-        ("train/loss", 0.5, 2),
-    ]
+    figures = [("probe/probe_loss", 0.5, 0), ("probe/control_gain", 0.25, 0)]
+    figures += [("train/loss", 0.75, 1), ("train/loss", 0.5, 2)]
     assert [call.args for call in writer.add_scalar.call_args_list] == figures
-    ((title, image, step),) = [call.args for call in writer.add_images.call_args_list]
-    assert (title, image.shape, step) == ("validation", (1, 32, 64, 3), 0) and (image == [1, 0, 0]).all()
+    ((title, image, step),) = [call.args for call in writer.add_image.call_args_list]
+    assert (title, image.shape, step) == ("validation", (32, 64, 3), 0) and (image == [255, 0, 0]).all()
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])

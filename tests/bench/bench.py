@@ -101,7 +101,7 @@ class Bench:
         settings = cv4ctrl.engine_settings(config)
         config, settings, *_ = cv4ctrl.fit_engine(config, settings, transformer, cv4ctrl.cards_of(), TOKENS)
         engine = cv4ctrl.start_engine(config, settings, transformer)
-        return engine, cv4ctrl.VelocityModel(engine, config.resolution)
+        return engine, cv4ctrl.VelocityModel(engine, config.resolution, config.compile)
 
     def data(self, resolution):
         """Folder of captioned shapes; their captions have TOKENS tokens, which the example needs to be 16 n."""
@@ -126,7 +126,7 @@ def section_bare(bench):
     """the trainer's step against forward + backward + AdamW on the same micro-batch without DeepSpeed, in turn"""
     config = bench.config()
     transformer = bench.transformer(config)
-    model = cv4ctrl.VelocityModel(transformer, config.resolution)
+    model = cv4ctrl.VelocityModel(transformer, config.resolution, config.compile)
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=config.learning_rate, fused=True)
     batch = next(bench.batches(config))
 
@@ -174,11 +174,9 @@ def section_reference(bench):
         command = [sys.executable, f"{ROOT}/tests/bench/reference.py", bench.options.reference, *words]
         done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
         folder = Path(bench.folder, f"run-{n}-{visits}")
-        with mock.patch.multiple(cv4ctrl, save_checkpoint=mock.Mock(), leave_weights=mock.Mock()):
-            with (
-                mock.patch.object(cv4ctrl.dist, "destroy_process_group"),
-                mock.patch.object(cv4ctrl.Cache, "encoders", cast),
-            ):
+        kept_out = {name: mock.Mock() for name in ("save_checkpoint", "leave_weights")}
+        with mock.patch.object(cv4ctrl.dist, "destroy_process_group"), mock.patch.multiple(cv4ctrl, **kept_out):
+            with mock.patch.object(cv4ctrl.Cache, "encoders", cast):
                 start = time.perf_counter()
                 cv4ctrl.run(dataclasses.replace(config, output_dir=str(folder)))
                 whole = time.perf_counter() - start
