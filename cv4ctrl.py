@@ -1328,7 +1328,7 @@ def describe_run(config, settings, cards):
 def leave_weights(folder):
     """Copies the last checkpoint's weights to output_dir, where the example leaves them."""
     (checkpoint, _), *_ = find_checkpoints(folder)
-    (folder / "diffusion_pytorch_model.safetensors.index.json").unlink(missing_ok=True)  # older
+    (folder / "diffusion_pytorch_model.safetensors.index.json").unlink(missing_ok=True)  # of shards
     for file in (checkpoint / "transformer").iterdir():
         with atomic(folder / file.name) as aside:
             shutil.copyfile(file, aside)
