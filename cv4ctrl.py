@@ -636,7 +636,7 @@ def hold_out(rows, most):
         count.update((row.image_key, row.control_key, (row.image_key, row.control_key)))
     # A held-out row takes all that share a picture with it out of training: a tenth at most.
     held_out, hidden, lost = [], set(), 0
-    for row in sorted(rows, key=lambda row: row.image_key[-64:]):  # the same at any resolution
+    for row in sorted(rows, key=lambda row: row.image_key):  # its file's digest: at any resolution
         pair = row.image_key, row.control_key
         sharing = count[pair[0]] + count[pair[1]] - count[pair]
         fits = len(held_out) < most and lost + sharing <= len(rows) // 10

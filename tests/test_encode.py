@@ -116,6 +116,11 @@ def test_a_byte_a_size_or_a_name_in_the_files_of_an_encoder_changes_its_keys(con
         assert len({each.pop(part) for each in found}) == 4 and all(each == found[0] for each in found)
 
 
+def test_the_same_rows_are_held_out_at_any_resolution(encode):
+    stages = [encode(tiny.make_rows(30), resolution=side)[0] for side in (64, 80, 96)]
+    assert len({tuple(row.index for row in stage.held_out) for stage in stages}) == 1 and len(stages[0].held_out) == 3
+
+
 @pytest.mark.parametrize("damage", ["cut", "zeros", "empty"])
 def test_a_damaged_entry_is_encoded_again(damage, encode, tmp_path):
     """As an interrupted copy of the cache leaves it."""
