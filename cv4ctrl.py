@@ -106,7 +106,7 @@ def flag(default, help, **limits):
 
 @dataclass(frozen=True)
 class Config:
-    """All flags, named as the diffusers example's. Raises Failure for values out of range."""
+    """All flags, most as in the diffusers example. Raises Failure for values out of range."""
 
     # Model
     pretrained_model_name_or_path: str = flag("THUDM/CogView4-6B", "base: hub name or folder")
